@@ -1,0 +1,85 @@
+"""Everything we know about differences between host versions, tested by feature, never by version number."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import comfy.model_management
+import comfy.ops
+from comfy_api.latest import io
+from torch import Tensor, nn
+
+_SCHEMA_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
+_OFFLOADABLE = "offloadable" in inspect.signature(comfy.ops.cast_bias_weight).parameters
+_QUANTIZED = getattr(comfy.ops, "QuantizedTensor", ())
+
+
+def Schema(**fields) -> io.Schema:
+    """io.Schema without the fields that this host does not know (the Manager's scanner looks for calls of this name)."""
+    return io.Schema(**{name: value for name, value in fields.items() if name in _SCHEMA_FIELDS})
+
+
+def advanced(inp: io.Input) -> io.Input:
+    """Mark an input as advanced: newer front ends fold it away, older ones show it."""
+    inp.extra_dict["advanced"] = True
+    return inp
+
+
+def training_clone(patcher):
+    """A clone whose weights stay put during training (0.33.0 may evict the weights of a dynamic one)."""
+    if getattr(patcher, "is_dynamic", lambda: False)():
+        try:
+            return patcher.clone(disable_dynamic=True)
+        except RuntimeError:  # its loader registered no way to build it anew
+            return patcher.clone()
+    return patcher.clone()
+
+
+@contextmanager
+def training_kernels() -> Iterator[None]:
+    """0.33.0: use kernels that have a backward formula (RoPE, RMS norm); 0.3.64 has no others."""
+    management = comfy.model_management
+    if not hasattr(management, "in_training"):
+        yield
+        return
+    before, management.in_training = management.in_training, True
+    try:
+        yield
+    finally:
+        management.in_training = before
+
+
+@contextmanager
+def frozen_weight(module: nn.Module, like: Tensor) -> Iterator[Tensor]:
+    """The module's weight as its forward pass would use it on an input like `like`: cast, moved, patched, dequantised.
+
+    On 0.33.0 an offloaded weight lives in a buffer that is reused afterwards: use it inside the block only.
+    """
+    if not hasattr(module, "weight_function"):  # not one of the host's own layers
+        yield module.weight.to(like.device, like.dtype)
+    elif _OFFLOADABLE:
+        weight, bias, stream = comfy.ops.cast_bias_weight(module, like, offloadable=True)
+        try:
+            yield _plain(weight, like)
+        finally:
+            comfy.ops.uncast_bias_weight(module, weight, bias, stream)
+    else:
+        yield _plain(comfy.ops.cast_bias_weight(module, like)[0], like)
+
+
+def _plain(weight: Tensor, like: Tensor) -> Tensor:
+    return weight.dequantize().to(like.dtype) if _QUANTIZED and isinstance(weight, _QUANTIZED) else weight
+
+
+def show_text(text: str, node_id: str | None) -> None:
+    """A line of text on the running node, where a front end is connected."""
+    from server import PromptServer
+
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and node_id is not None:
+        server.send_progress_text(text, node_id)
+
+

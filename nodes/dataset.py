@@ -1,0 +1,109 @@
+"""Training Dataset: a folder of captioned images, encoded once."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..training.captions import tag_frequency
+from ..training.dataset import IMAGE_TYPES, read_folder, summary
+from ..trilora_ops.errors import TriLoRAError
+from . import compat
+from .types import Dataset, EncodedDataset, EncodedImage
+
+log = logging.getLogger("trilora")
+_NONE = "(put a folder of images into ComfyUI/input)"
+
+
+class TrainingDatasetNode(io.ComfyNode):
+    """Images and captions of an input subfolder as latents and conditioning."""
+
+    @classmethod
+    def define_schema(cls):
+        return compat.Schema(
+            node_id="TriLoRATrainingDataset",
+            display_name="Training Dataset",
+            category="TriLoRA/train",
+            description="A subfolder of ComfyUI/input with images and, beside each, a .txt file of the same name with its caption.",
+            search_aliases=["lora dataset", "training images"],
+            inputs=[
+                io.Combo.Input("folder", options=image_folders() or [_NONE], tooltip="A subfolder of ComfyUI/input that holds images."),
+                io.Vae.Input("vae", tooltip="The VAE of the model that will be trained."),
+                io.Clip.Input("clip", tooltip="The text encoder of the model that will be trained; it is not trained itself."),
+                io.String.Input("trigger", default="", tooltip="A rare word that will call up what is learned, put in front of every caption "
+                                                               "that lacks it. Images without a caption are trained with it alone."),
+                io.Int.Input("resolution", default=512, min=64, max=2048, step=64,
+                             tooltip="Training area: resolution x resolution pixels. Each image keeps its aspect ratio. 512 for SD1.5, 1024 for SDXL and newer."),
+            ],
+            outputs=[
+                Dataset.Output(display_name="dataset", tooltip="Encoded images and captions, for Train Adapter."),
+                io.String.Output(display_name="summary", tooltip="Images, captions and training sizes as text."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, folder):
+        """The folder list was made when the page was loaded: check the folder itself, with our own words."""
+        try:
+            folder_path(folder)
+        except TriLoRAError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, folder, **others):
+        """Run again when a file of the folder has changed."""
+        path = folder_path(folder)
+        return [(p.name, p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(path.iterdir()) if p.is_file()] if path.is_dir() else folder
+
+    @classmethod
+    def execute(cls, folder, vae, clip, trigger, resolution) -> io.NodeOutput:
+        images = read_folder(folder_path(folder), trigger, resolution)
+        text = summary(images)
+        log.info("dataset %s: %s", folder, text.replace("\n", "; "))
+        bar = comfy.utils.ProgressBar(len(images))
+        prompts: dict[str, list] = {}
+        encoded = []
+        for image in images:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            if image.prompt not in prompts:
+                prompts[image.prompt] = encode_prompt(clip, image.prompt)
+            encoded.append(EncodedImage(image.path.name, image.prompt, vae.encode(image.pixels()), prompts[image.prompt]))
+            bar.update(1)
+        dataset = EncodedDataset(tuple(encoded), encode_prompt(clip, ""), trigger.strip(), tag_frequency(i.prompt for i in images), text)
+        return io.NodeOutput(dataset, text, ui=ui.PreviewText(text))
+
+
+def encode_prompt(clip, prompt: str) -> list:
+    """The host's CONDITIONING of a prompt."""
+    return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+
+
+def image_folders() -> list[str]:
+    """Subfolders of the input folder that hold images, as relative paths with forward slashes."""
+    root = folder_paths.get_input_directory()
+    found = []
+    for directory, subfolders, files in os.walk(root, followlinks=True):
+        subfolders[:] = sorted(d for d in subfolders if not d.startswith("."))
+        if directory.count(os.sep) - root.count(os.sep) >= 4:
+            subfolders[:] = []
+        if directory != root and any(f.lower().endswith(IMAGE_TYPES) for f in files):
+            found.append(os.path.relpath(directory, root).replace(os.sep, "/"))
+    return sorted(found)
+
+
+def folder_path(folder: str) -> Path:
+    """The folder inside the input folder. Raises TriLoRAError for a name that leads outside or to nothing."""
+    root = os.path.abspath(folder_paths.get_input_directory())
+    path = os.path.abspath(os.path.join(root, folder))
+    if not folder or os.path.commonpath([root, path]) != root or path == root:
+        raise TriLoRAError(f"folder={folder!r}: must be a subfolder of ComfyUI's input folder; choose one from the list")
+    if not os.path.isdir(path):
+        raise TriLoRAError(f"folder={folder!r}: there is no such folder in ComfyUI's input folder; create it, put images in, and reload the page")
+    return Path(path)

@@ -1,0 +1,65 @@
+"""Save Adapter: an adapter as a file that every LoRA loader reads."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import folder_paths
+import torch
+from comfy_api.latest import io, ui
+
+from ..trilora_ops.checkpoint import AdapterState, canonical_state, write_adapter
+from ..trilora_ops.errors import TriLoRAError
+from . import compat
+from .types import LoraModel
+
+log = logging.getLogger("trilora")
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class SaveAdapter(io.ComfyNode):
+    """Writes to the output folder's loras/, where the loaders of both hosts look."""
+
+    @classmethod
+    def define_schema(cls):
+        return compat.Schema(
+            node_id="TriLoRASaveAdapter",
+            display_name="Save Adapter",
+            category="TriLoRA/train",
+            description="Writes the adapter to output/loras as an ordinary LoRA file in SVD form, readable with or without this extension.",
+            search_aliases=["save lora", "export lora"],
+            is_output_node=True,
+            inputs=[
+                LoraModel.Input("adapter", tooltip="From Train Adapter, or any LORA_MODEL."),
+                io.String.Input("name", default="my_adapter", tooltip="File name without ending; a number is added, nothing is overwritten."),
+                io.Combo.Input("dtype", options=list(DTYPES), default="fp16", tooltip="fp16 is what people share; fp32 keeps every bit."),
+            ],
+            outputs=[io.String.Output(display_name="lora_name", tooltip="The file's name as loaders list it.")],
+        )
+
+    @classmethod
+    def execute(cls, adapter, name, dtype) -> io.NodeOutput:
+        state = adapter if isinstance(adapter, AdapterState) else AdapterState(adapter, getattr(adapter, "metadata", None))
+        if not state:
+            raise TriLoRAError("adapter: holds no tensors; connect the output of Train Adapter")
+        path = save_state(state, name, DTYPES[dtype])
+        text = f"{path}\n{os.path.getsize(path) / 2**20:.1f} MB, {dtype}"
+        return io.NodeOutput(os.path.basename(path), ui=ui.PreviewText(text))
+
+
+def save_state(state: AdapterState, name: str, dtype: torch.dtype) -> str:
+    """Write an adapter in canonical form under the output folder's loras/; returns the path.
+
+    Raises TriLoRAError for a name that leads elsewhere or values the dtype cannot hold; then nothing is written.
+    """
+    root = os.path.join(folder_paths.get_output_directory(), "loras")
+    if not name.strip() or os.path.commonpath([root, os.path.abspath(os.path.join(root, name))]) != root:
+        raise TriLoRAError(f"name={name!r}: must be a file name, which may have subfolders inside output/loras; remove '..' and leading slashes")
+    with torch.inference_mode(False):
+        state = canonical_state(state)
+    folder, stem, counter, _, _ = folder_paths.get_save_image_path(os.path.join("loras", name), folder_paths.get_output_directory())
+    title = {"modelspec.title": stem, "ss_output_name": stem} if state.metadata else {}
+    path = write_adapter(os.path.join(folder, f"{stem}_{counter:05}_.safetensors"), AdapterState(state, {**title, **state.metadata}), dtype)
+    log.info("saved %s", path)
+    return str(path)

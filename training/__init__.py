@@ -1,0 +1,1 @@
+"""The training engine: plain PyTorch, handed a `Host`; knows no ComfyUI."""

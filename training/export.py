@@ -1,0 +1,28 @@
+"""From trained adapters to the public file's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from ..trilora_ops.adapter import Adapter
+from ..trilora_ops.checkpoint import FileLayer
+from ..trilora_ops.factors import canonicalise
+from ..trilora_ops.naming import UNetLayout, public_name
+
+
+def export_tensors(adapters: Mapping[str, Adapter], family: str, model_keys: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """(public key -> fp32 CPU tensor in canonical form, public layer name -> rank).
+
+    adapters: target key -> trained adapter; family: one of naming.FAMILIES; model_keys: all target
+    keys of the model, adapted or not, from which a U-Net's levels are read.
+    """
+    layout = UNetLayout.of(model_keys)
+    tensors, ranks = {}, {}
+    for key, adapter in adapters.items():
+        name = public_name(key, family, layout)
+        pair = canonicalise(adapter.residual.low_rank().cpu())
+        ranks[name] = pair.rank
+        tensors |= FileLayer(pair, adapter.shape.kernel).tensors(name)
+    return tensors, ranks

@@ -1,0 +1,105 @@
+"""One adapted layer: its shape, and the pair of transform and residual that changes it (W' = W0*T + R)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import TriLoRAError
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Shape of a linear layer (kernel empty) or of an ungrouped convolution, with the convolution's geometry."""
+
+    out: int
+    inp: int
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] | str = ()
+    dilation: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "LayerShape":
+        """Read from a module with `in_features`/`out_features` or from a convolution.
+
+        Raises TriLoRAError for grouped or non-zero-padded convolutions and for modules of other kinds.
+        """
+        if hasattr(module, "in_features") and hasattr(module, "out_features"):
+            return cls(module.out_features, module.in_features)
+        if hasattr(module, "kernel_size") and hasattr(module, "in_channels") and not getattr(module, "transposed", False):
+            if module.groups != 1 or module.padding_mode != "zeros":
+                raise TriLoRAError(
+                    f"convolution has groups={module.groups}, padding_mode={module.padding_mode!r}; adapters need "
+                    "groups=1 and zero padding; leave this layer out of the targets"
+                )
+            return cls(module.out_channels, module.in_channels, tuple(module.kernel_size), tuple(module.stride),
+                       module.padding if isinstance(module.padding, str) else tuple(module.padding), tuple(module.dilation))
+        raise TriLoRAError(f"{type(module).__name__} is neither a linear layer nor a convolution; leave it out of the targets")
+
+    @property
+    def columns(self) -> int:
+        """in * product(kernel): the second axis of the flattened weight."""
+        return self.inp * math.prod(self.kernel)
+
+    @property
+    def rank_max(self) -> int:
+        """The largest rank a matrix of this shape can have."""
+        return min(self.out, self.columns)
+
+    @property
+    def weight(self) -> tuple[int, ...]:
+        """The module's own weight shape: (out, in, *kernel)."""
+        return (self.out, self.inp, *self.kernel)
+
+    def add_low_rank(self, y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """y + up * (down * x), with x seen as the layer itself sees it.
+
+        x: (..., in) or (B, in, *space); y: (..., out) or (B, out, *space'); down: (r, columns), up: (out, r).
+        On a convolution `down` is a convolution to r channels with the layer's geometry and `up` a 1x1 one.
+        """
+        if not self.kernel:
+            hidden = F.linear(x, down)
+            # addmm fuses the product with the sum: no second tensor of y's size
+            return torch.addmm(y.reshape(-1, self.out), hidden.reshape(-1, down.shape[0]), up.t()).view(y.shape)
+        conv = _CONV[len(self.kernel)]
+        hidden = conv(x, down.view(-1, self.inp, *self.kernel), None, self.stride, self.padding, self.dilation)
+        return y + conv(hidden, up.view(self.out, -1, *[1] * len(self.kernel)))
+
+
+class Adapter(nn.Module):
+    """The pair on one layer: y = f(T x) + R x where f is the frozen layer (bias included in f).
+
+    `transform` and `residual` are what their configurations build; both hold fp32 parameters.
+    """
+
+    def __init__(self, shape: LayerShape, transform: nn.Module, residual: nn.Module):
+        super().__init__()
+        self.shape, self.transform, self.residual = shape, transform, residual
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """W' - W0 = W0 (T - I) + R; weight: (out, in, *kernel) -> (out, columns), fp32."""
+        flat = weight.reshape(self.shape.out, -1).float()
+        return self.transform.delta(flat) + self.residual.delta()
+
+    def forward(self, x: Tensor, layer) -> Tensor:
+        """y = layer(T x) + R x; `layer` maps activations as the frozen module does."""
+        return self.residual.add_output(layer(self.transform.act(x)), x)
+
+    def penalty(self) -> Tensor:
+        """Sum of the parts' regularisers, fp32 scalar (0 where none is asked for)."""
+        return self.transform.penalty() + self.residual.penalty()
+
+    def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """(parameters that weight decay may pull to zero, parameters it must leave alone)."""
+        decay, keep = [], []
+        for part in (self.transform, self.residual):
+            for name, parameter in part.named_parameters():
+                (keep if name in part.NO_DECAY else decay).append(parameter)
+        return decay, keep

@@ -1,0 +1,176 @@
+"""The adapter file: which keys make a layer, strict reading of ours, safe reading of foreign ones, atomic writing."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import TriLoRAError
+from .factors import LowRank, canonicalise
+
+FORMAT = "trilora"
+VERSION = "1"
+# (up, down) endings after the layer's name, as written by kohya, PEFT, diffusers (three ages) and Mochi's trainer
+PAIRS = ((".lora_up.weight", ".lora_down.weight"), (".lora_B.weight", ".lora_A.weight"),
+         ("_lora.up.weight", "_lora.down.weight"), (".lora.up.weight", ".lora.down.weight"),
+         (".lora_B", ".lora_A"), (".lora_linear_layer.up.weight", ".lora_linear_layer.down.weight"),
+         (".lora_B.default.weight", ".lora_A.default.weight"))
+UP, DOWN, ALPHA = ".lora_up.weight", ".lora_down.weight", ".alpha"
+# companions that make a layer more than up * down
+_NOT_PLAIN = (".lora_mid.weight", ".dora_scale", ".reshape_weight")
+
+
+class AdapterState(dict):
+    """An adapter in memory: public key -> tensor, with the file's metadata (str -> str). The host's LORA_MODEL."""
+
+    def __init__(self, tensors: Mapping[str, Tensor] = (), metadata: Mapping[str, str] | None = None):
+        super().__init__(tensors)
+        self.metadata = dict(metadata or {})
+
+    @property
+    def canonical(self) -> bool:
+        """Whether the metadata mark it as ours and in SVD canonical form."""
+        return self.metadata.get("trilora.format") == FORMAT and self.metadata.get("trilora.form") == "svd"
+
+
+@dataclass(frozen=True)
+class FileLayer:
+    """One low-rank layer of a file: its factors flattened to matrices, and the kernel axes to give back."""
+
+    pair: LowRank
+    kernel: tuple[int, ...] = ()
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The layer's three tensors under kohya's endings; up (out, r[, 1, 1]), down (r, in[, kh, kw]), alpha ()."""
+        up, down, ones = self.pair.up, self.pair.down, [1] * len(self.kernel)
+        inp = down.shape[1] // (int(torch.tensor(self.kernel).prod()) if self.kernel else 1)
+        return {name + UP: up.reshape(*up.shape, *ones).contiguous(),
+                name + DOWN: down.reshape(down.shape[0], inp, *self.kernel).contiguous(),
+                name + ALPHA: torch.tensor(float(self.pair.alpha))}
+
+
+def split_layers(tensors: Mapping[str, Tensor]) -> tuple[dict[str, FileLayer], dict[str, Tensor]]:
+    """(layer name -> its plain low-rank factors, all tensors that are not part of one).
+
+    Tucker cores, DoRA magnitudes and every other kind stay in the second part untouched. Raises TriLoRAError where a
+    pair's shapes do not fit each other.
+    """
+    layers, rest = {}, dict(tensors)
+    for key in tensors:
+        for up_end, down_end in PAIRS:
+            name = key.removesuffix(up_end)
+            if name == key or name + down_end not in tensors or any(name + end in tensors for end in _NOT_PLAIN):
+                continue
+            up, down, alpha = tensors[key], tensors[name + down_end], tensors.get(name + ALPHA)
+            _check_pair(key, up, name + down_end, down, alpha)
+            rank = down.shape[0]
+            scale = 1.0 if alpha is None else float(alpha) / rank
+            layers[name] = FileLayer(LowRank(up.flatten(1), down.flatten(1), scale), tuple(down.shape[2:]))
+            for used in (key, name + down_end, name + ALPHA):
+                rest.pop(used, None)
+            break
+    return layers, rest
+
+
+def canonical_state(state: AdapterState) -> AdapterState:
+    """The same adapter with every low-rank layer in SVD canonical form (a marked one is returned as it is).
+
+    Other kinds of layers are kept as they are. Names stay; the metadata gain our mark.
+    """
+    if state.canonical:
+        return state
+    layers, rest = split_layers(state)
+    tensors = dict(rest)
+    for name, layer in layers.items():
+        tensors.update(FileLayer(canonicalise(layer.pair), layer.kernel).tensors(name))
+    mark = {"trilora.format": FORMAT, "trilora.version": VERSION, "trilora.form": "svd"} if not rest else {}
+    return AdapterState(tensors, {**getattr(state, "metadata", {}), **mark})
+
+
+def read_adapter(path: str | os.PathLike) -> AdapterState:
+    """Read a .safetensors adapter whole; nothing of it is used before all of it is checked.
+
+    Raises TriLoRAError for another file type, a damaged file, a non-finite tensor and, in files with our mark, for
+    every unknown, missing or mis-shaped tensor.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".safetensors":
+        raise TriLoRAError(f"{path.name}: only .safetensors files are read, because {path.suffix or 'other'} files can run "
+                           "code; convert it to .safetensors first")
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            state = AdapterState({key: file.get_tensor(key) for key in file.keys()}, file.metadata())
+    except (SafetensorError, OSError) as error:
+        raise TriLoRAError(f"{path.name}: damaged or incomplete ({error}); copy or download the file again") from error
+    try:
+        check_finite(state)
+        if state.metadata.get("trilora.format") == FORMAT:
+            _check_strict(state)
+    except TriLoRAError as error:
+        raise TriLoRAError(f"{path.name}: {error}") from None
+    return state
+
+
+def write_adapter(path: str | os.PathLike, state: AdapterState, dtype: torch.dtype) -> Path:
+    """Write atomically (a complete file appears or none); alpha stays fp32. Never overwrites.
+
+    dtype: of all other floating-point tensors. Raises TriLoRAError where the file exists or the dtype cannot hold a value.
+    """
+    path = Path(path)
+    if path.exists():
+        raise TriLoRAError(f"{path.name}: a file of this name exists already; choose another name")
+    tensors = {k: _cast(k, v, dtype) for k, v in sorted(state.items())}
+    check_finite(tensors, f"does not fit {str(dtype).removeprefix('torch.')}; save it as fp32 or bf16")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".partial")
+    os.close(handle)
+    try:
+        save_file(tensors, partial, metadata=dict(state.metadata))
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def check_finite(tensors: Mapping[str, Tensor], remedy: str = "the file is broken; train or download it again") -> None:
+    """Raise TriLoRAError naming the first tensor that holds NaN or infinity."""
+    for key, tensor in tensors.items():
+        values = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+        if tensor.is_floating_point() and not torch.isfinite(values).all():
+            raise TriLoRAError(f"{key}: holds NaN or infinite values; {remedy}")
+
+
+def _cast(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if not tensor.is_floating_point() or key.endswith(ALPHA):
+        return tensor.detach().cpu().contiguous()
+    return tensor.detach().to("cpu", dtype).contiguous()
+
+
+def _check_pair(up_key: str, up: Tensor, down_key: str, down: Tensor, alpha: Tensor | None) -> None:
+    if up.ndim < 2 or down.ndim < 2 or up.flatten(1).shape[1] != down.shape[0]:
+        raise TriLoRAError(f"{up_key} is {tuple(up.shape)} and {down_key} is {tuple(down.shape)}: expected (out, r) and "
+                           "(r, in) with the same r; the file is broken")
+    if alpha is not None and alpha.numel() != 1:
+        raise TriLoRAError(f"{up_key}: its alpha has shape {tuple(alpha.shape)}, expected one number; the file is broken")
+
+
+def _check_strict(state: AdapterState) -> None:
+    version = state.metadata.get("trilora.version")
+    if version != VERSION:
+        raise TriLoRAError(f"trilora.version={version!r}: this release reads version {VERSION}; update ComfyUI-TriLoRA")
+    names = {key.removesuffix(end) for key in state for end in (UP, DOWN, ALPHA) if key.endswith(end)}
+    unknown = [key for key in state if not key.endswith((UP, DOWN, ALPHA))]
+    missing = [name + end for name in sorted(names) for end in (UP, DOWN, ALPHA) if name + end not in state]
+    if unknown or missing:
+        found = "; ".join(f"{what}: {', '.join(keys[:5])}" for what, keys in (("unknown", unknown), ("missing", missing)) if keys)
+        raise TriLoRAError(f"not a complete TriLoRA file ({found}); copy or save it again")
+    split_layers(state)

@@ -1,0 +1,60 @@
+"""What an adapter file says about itself: our own keys, kohya's `ss_*` and ModelSpec's, all plain strings.
+
+Metadata describe and never decide: a file applies the same with all of it lost.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from datetime import datetime, timezone
+
+from torch import Tensor
+
+from .checkpoint import FORMAT, VERSION
+
+_ARCHITECTURE = {"sd1": "stable-diffusion-v1/lora", "sdxl": "stable-diffusion-xl-v1-base/lora"}
+_BASE_VERSION = {"sd1": "sd_v1", "sdxl": "sdxl_base_v1-0"}
+
+
+def describe(*, method: str, options: Mapping, plan: Mapping[str, int], family: str, base: str, training: Mapping,
+             trigger: str, tag_frequency: Mapping[str, int], images: int, steps_done: int) -> dict[str, str]:
+    """Metadata of a freshly trained adapter.
+
+    options: of the method; plan: layer name -> rank; base: fingerprint of the base model; training: the settings as
+    numbers and strings; tag_frequency: tag -> images that have it; steps_done: optimizer steps made.
+    """
+    ranks = sorted(set(plan.values()))
+    metadata = {
+        "trilora.format": FORMAT, "trilora.version": VERSION, "trilora.form": "svd", "trilora.method": method,
+        "trilora.options": json.dumps(dict(options), sort_keys=True), "trilora.plan": json.dumps(dict(plan), sort_keys=True),
+        "trilora.family": family, "trilora.base_fingerprint": base, "trilora.training": json.dumps(dict(training), sort_keys=True),
+        "trilora.trigger": trigger, "trilora.steps": str(steps_done),
+        "ss_network_module": "networks.lora", "ss_network_dim": str(ranks[-1]) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": str(options.get("alpha") or ranks[-1]) if len(ranks) == 1 else "Dynamic",
+        "ss_learning_rate": str(training.get("learning_rate")), "ss_max_train_steps": str(training.get("steps")),
+        "ss_steps": str(steps_done), "ss_batch_size_per_device": str(training.get("batch_size")),
+        "ss_gradient_accumulation_steps": str(training.get("accumulation")), "ss_seed": str(training.get("seed")),
+        "ss_lr_scheduler": str(training.get("schedule")), "ss_optimizer": "torch.optim.AdamW",
+        "ss_num_train_images": str(images), "ss_tag_frequency": json.dumps({"train": dict(tag_frequency)}),
+        "ss_training_comment": f"ComfyUI-TriLoRA, {method}",
+        "modelspec.sai_model_spec": "1.0.0", "modelspec.implementation": "diffusers",
+        "modelspec.date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"), "modelspec.trigger_phrase": trigger,
+    }
+    if family in _ARCHITECTURE:
+        metadata |= {"modelspec.architecture": _ARCHITECTURE[family], "ss_base_model_version": _BASE_VERSION[family]}
+    return metadata
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """A short identity of a base model: SHA-256 over the sorted keys, shapes and first 16 values of every weight.
+
+    Cheap (no pass over the whole model) and the same for the same weights in one dtype; a cast changes it.
+    """
+    digest = hashlib.sha256()
+    for key in sorted(weights):
+        tensor = weights[key].detach().flatten()[:16].float().cpu()
+        digest.update(f"{key}{tuple(weights[key].shape)}".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()

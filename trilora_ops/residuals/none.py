@@ -1,0 +1,44 @@
+"""R = 0: the residual of a method that is a transform alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import LayerShape
+
+
+@dataclass(frozen=True)
+class NoResidualConfig:
+    """No options."""
+
+    kind: ClassVar[str] = "none"
+
+    def build(self, shape: LayerShape, weight: Tensor, generator: torch.Generator) -> "NoResidual":
+        """Return R = 0; nothing is drawn."""
+        return NoResidual(shape)
+
+
+class NoResidual(nn.Module):
+    """R = 0, without parameters."""
+
+    NO_DECAY: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, shape: LayerShape):
+        super().__init__()
+        self.shape = shape
+
+    def delta(self) -> Tensor:
+        """R = 0, (out, columns)."""
+        return torch.zeros(self.shape.out, self.shape.columns)
+
+    def add_output(self, y: Tensor, x: Tensor) -> Tensor:
+        """y + R x = y."""
+        return y
+
+    def penalty(self) -> Tensor:
+        """0."""
+        return torch.zeros(())

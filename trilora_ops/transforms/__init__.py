@@ -1,0 +1,1 @@
+"""Transforms T of W' = W0*T + R, one file a kind."""

@@ -1,0 +1,40 @@
+"""T = I: the transform of LoRA, LoCon and TriLoRA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import LayerShape
+
+
+@dataclass(frozen=True)
+class NoTransformConfig:
+    """No options."""
+
+    kind: ClassVar[str] = "none"
+
+    def build(self, shape: LayerShape, weight: Tensor, generator: torch.Generator) -> "NoTransform":
+        """Return T = I; nothing is drawn."""
+        return NoTransform()
+
+
+class NoTransform(nn.Module):
+    """T = I, without parameters."""
+
+    NO_DECAY: ClassVar[tuple[str, ...]] = ()
+
+    def act(self, x: Tensor) -> Tensor:
+        """T x = x."""
+        return x
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """W0 (T - I) = 0, shape and device of `weight`."""
+        return torch.zeros_like(weight)
+
+    def penalty(self) -> Tensor:
+        """0."""
+        return torch.zeros(())
