@@ -200,6 +200,7 @@ def _normal_tensors(model: nn.Module, layers: set[int]) -> Iterator[None]:
     finally:
         for store, name, tensor in replaced:
             store[name] = tensor
-        for parameter in asking:
-            parameter.requires_grad_(True)
+        with torch.inference_mode():  # 0.3.64's weights ask for gradients and are inference tensors: only here may they do so
+            for parameter in asking:
+                parameter.requires_grad_(True)
 

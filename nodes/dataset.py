@@ -45,6 +45,7 @@ class TrainingDatasetNode(io.ComfyNode):
                 Dataset.Output(display_name="dataset", tooltip="Encoded images and captions, for Train Adapter."),
                 io.String.Output(display_name="summary", tooltip="Images, captions and training sizes as text."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -66,6 +67,7 @@ class TrainingDatasetNode(io.ComfyNode):
     def execute(cls, folder, vae, clip, trigger, resolution) -> io.NodeOutput:
         images = read_folder(folder_path(folder), trigger, resolution)
         text = summary(images)
+        compat.show_text(text, cls.hidden.unique_id)
         log.info("dataset %s: %s", folder, text.replace("\n", "; "))
         bar = comfy.utils.ProgressBar(len(images))
         prompts: dict[str, list] = {}

@@ -36,6 +36,7 @@ class SaveAdapter(io.ComfyNode):
                 io.Combo.Input("dtype", options=list(DTYPES), default="fp16", tooltip="fp16 is what people share; fp32 keeps every bit."),
             ],
             outputs=[io.String.Output(display_name="lora_name", tooltip="The file's name as loaders list it.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -45,6 +46,7 @@ class SaveAdapter(io.ComfyNode):
             raise TriLoRAError("adapter: holds no tensors; connect the output of Train Adapter")
         path = save_state(state, name, DTYPES[dtype])
         text = f"{path}\n{os.path.getsize(path) / 2**20:.1f} MB, {dtype}"
+        compat.show_text(text, cls.hidden.unique_id)
         return io.NodeOutput(os.path.basename(path), ui=ui.PreviewText(text))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import time
 
@@ -45,7 +46,8 @@ class TrainingSettingsNode(io.ComfyNode):
                 io.Float.Input("learning_rate", default=default.learning_rate, min=1e-8, max=1.0, step=1e-6, round=1e-8,
                                tooltip="AdamW's learning rate at the top of the schedule."),
                 io.Int.Input("batch_size", default=default.batch_size, min=1, max=256, tooltip="Images in one pass. Each keeps its own caption, noise and noise level."),
-                io.Int.Input("seed", default=default.seed, min=0, max=2**32 - 1, tooltip="Of every random draw: start values, order, noise, noise levels."),
+                # not "seed": the front end would add its "randomize after each run", and train anew at every queue
+                io.Int.Input("training_seed", display_name="seed", default=default.seed, min=0, max=2**32 - 1, tooltip="Of every random draw: start values, order, noise, noise levels."),
                 io.Combo.Input("schedule", options=list(SCHEDULES), default=default.schedule, tooltip="Course of the learning rate after the warm-up; cosine and linear end at 0."),
                 compat.advanced(io.Float.Input("warmup", default=default.warmup, min=0.0, max=0.9, step=0.01, tooltip="Share of the steps over which the learning rate rises from 0.")),
                 compat.advanced(io.Int.Input("accumulation", default=default.accumulation, min=1, max=1024, tooltip="Passes that make one step: a larger batch in the same memory.")),
@@ -60,8 +62,8 @@ class TrainingSettingsNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, **values) -> io.NodeOutput:
-        return io.NodeOutput(TrainingConfig(**values))
+    def execute(cls, training_seed, **values) -> io.NodeOutput:
+        return io.NodeOutput(TrainingConfig(seed=training_seed, **values))
 
 
 class TrainAdapter(io.ComfyNode):
@@ -109,11 +111,13 @@ def run(host: ComfyHost, dataset: EncodedDataset, method, settings: TrainingConf
     A run that is stopped is saved before the reason for stopping is raised again.
     """
     started = time.perf_counter()
+    compat.show_text("preparing images and layers", node_id)
     with host.session():
         samples = [host.prepare(image, image.conditioning) for image in dataset.images]
         empty = [host.prepare(image, dataset.empty) for image in dataset.images]
         adapters = build_adapters(host, method, target, settings.seed)
         log.info("training %s on %d layers, %d parameters", method.name, len(adapters), parameter_count(adapters))
+        compat.show_text("measuring the loss before training", node_id)
         before = evaluate(host, adapters, samples, settings)
         try:
             progress = train(host, adapters, samples, empty, settings, _reporter(settings.steps, node_id))
@@ -122,18 +126,23 @@ def run(host: ComfyHost, dataset: EncodedDataset, method, settings: TrainingConf
                 state = _export(host, adapters, dataset, method, settings, stop.progress)
                 path = save_state(state, f"trilora_stopped_at_{stop.progress.done}", torch.float32)
                 log.warning("%s; what was learned is in %s", stop, path)
+                compat.show_text(f"stopped after {stop.progress.done} of {settings.steps} steps; saved as\n{path}", node_id)
             raise stop.__cause__ from None
+        compat.show_text("measuring the loss after training", node_id)
         after = evaluate(host, adapters, samples, settings)
         state = _export(host, adapters, dataset, method, settings, progress)
+        state.metadata["trilora.result"] = json.dumps({"loss_before": before, "loss_after": after})
+    seconds = time.perf_counter() - started
     report = describe_run({
         "method": f"{method.name}, {len(adapters)} layers, {parameter_count(adapters):,} parameters",
         "dataset": dataset.summary.splitlines()[0],
-        "steps": f"{progress.done} at {progress.rate:.2f} steps/s, {time.perf_counter() - started:.0f} s in all",
+        "steps": f"{progress.done} at {progress.rate:.2f} steps/s, {_duration(seconds)} in all",
         "training loss": f"{progress.smooth_loss:.4f} (mean of the last 20 steps)",
         "loss on fixed noise": f"{before:.4f} before, {after:.4f} after",
         "skipped steps": progress.skipped,
     })
     log.info("training done\n%s", report)
+    compat.show_text(f"{progress.done} steps in {_duration(seconds)} · loss on fixed noise {before:.4f} before, {after:.4f} after", node_id)
     return state, progress, report, (before, after)
 
 
@@ -154,10 +163,16 @@ def _reporter(steps: int, node_id: str | None):
         if now - shown[0] >= 0.5 or progress.done == steps:
             shown[0] = now
             left = (steps - progress.done) / max(progress.rate, 1e-9)
-            text = f"step {progress.done}/{steps} · {progress.rate:.2f} it/s · loss {progress.smooth_loss:.4f} · {left:.0f} s left"
+            text = f"step {progress.done}/{steps} · {progress.rate:.2f} it/s · loss {progress.smooth_loss:.4f} · {_duration(left)} left"
             compat.show_text(text, node_id)
             if progress.done % max(1, steps // 20) == 0 or progress.done == steps:
                 log.info(text)
 
     return report
 
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"

@@ -1,7 +1,7 @@
 """The converter from saved workflows to prompts, on hand-written node descriptions; needs no ComfyUI."""
 
 import pytest
-from comfyui_trilora.tests.host.workflow import WorkflowError, to_prompt
+from comfyui_trilora.benchmarks.workflow import WorkflowError, to_prompt
 
 OBJECT_INFO = {
     "Load": {"input": {"required": {"name": [["a", "b"], {}]}}, "input_order": {"required": ["name"]}},

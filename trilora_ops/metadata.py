@@ -32,7 +32,7 @@ def describe(*, method: str, options: Mapping, plan: Mapping[str, int], family: 
         "trilora.family": family, "trilora.base_fingerprint": base, "trilora.training": json.dumps(dict(training), sort_keys=True),
         "trilora.trigger": trigger, "trilora.steps": str(steps_done),
         "ss_network_module": "networks.lora", "ss_network_dim": str(ranks[-1]) if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": str(options.get("alpha") or ranks[-1]) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": "Dynamic",  # canonical form: rank * c, with c of each layer
         "ss_learning_rate": str(training.get("learning_rate")), "ss_max_train_steps": str(training.get("steps")),
         "ss_steps": str(steps_done), "ss_batch_size_per_device": str(training.get("batch_size")),
         "ss_gradient_accumulation_steps": str(training.get("accumulation")), "ss_seed": str(training.get("seed")),

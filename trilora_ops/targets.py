@@ -9,12 +9,15 @@ from .errors import TriLoRAError
 
 # q, k, v and out of self- and cross-attention; Flux-like single-stream blocks fuse theirs into linear1 and linear2
 _ATTENTION = re.compile(r"\.(?:[a-z0-9_]*attn[0-9]*|[a-z0-9_]*attention)\.|single_(?:stream_)?blocks\.\d+\.linear[12]\.")
-_MODULATION = re.compile(r"modulation|adaln|_mod\.|\.norm")
+_MODULATION = re.compile(r"modulation|adaln|_mod\.|\.norm|emb_layers")
+# the numbered blocks, without the first convolution of a U-Net, which is numbered among them
+_BLOCK = re.compile(r"(?:blocks?|layers)\.(?!0\.0\.weight)\d+\.")
 TARGETS = {
     "attention": "q, k, v and out of self- and cross-attention (the papers' choice)",
-    "transformer": "every linear layer inside the transformer blocks: attention, feed-forward, projections",
-    "linear": "every linear layer, embeddings and modulation included",
-    "linear+conv": "every linear layer and every convolution",
+    "transformer": "all linear layers of the transformer blocks: attention, feed-forward, projections",
+    "linear": "all linear layers inside blocks, modulation included",
+    "linear+conv": "all linear layers and convolutions inside blocks (LoCon)",
+    "everything": "also the layers outside the blocks, some of which only allow a small rank",
 }
 
 
@@ -34,17 +37,19 @@ def select(layers: Mapping[str, int], target: str) -> list[str]:
 
 
 def _matches(key: str, axes: int, target: str) -> bool:
+    if target == "everything":
+        return True
+    if not _BLOCK.search(key):
+        return False
     if target == "linear+conv":
         return True
-    projection = ".proj_in." in key or ".proj_out." in key
-    if axes and not projection:
+    if axes and not (".proj_in." in key or ".proj_out." in key):
         return False
     if target == "linear":
         return True
-    if target == "attention":
-        return axes == 0 and bool(_ATTENTION.search(key)) and not _MODULATION.search(key)
-    return (projection or bool(re.search(r"blocks?\.\d+\.|layers\.\d+\.", key))) and not _MODULATION.search(key) \
-        and not re.search(r"emb_layers|time_embed", key)
+    if _MODULATION.search(key):
+        return False
+    return target == "transformer" or (axes == 0 and bool(_ATTENTION.search(key)))
 
 
 def _example(layers: Iterable[str]) -> str:

@@ -16,16 +16,20 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from comfyui_trilora.tests.host import installation
-from comfyui_trilora.tests.host.installation import ROOT
+from comfyui_trilora.benchmarks import installation
+from comfyui_trilora.benchmarks.installation import ROOT
 
 HERE = Path(__file__).resolve().parent
 # The host reads its base directory while it is being imported, long before a fixture could make one.
 BASE = Path(tempfile.mkdtemp(prefix="trilora-host-tests-"))
+BASE_FOLDERS = ("models/checkpoints", "models/vae_approx", "models/loras", "input", "output", "temp", "user", "custom_nodes")
 
 HOST, WHY_NOT = None, ""
 try:
-    HOST = installation.import_host(BASE)
+    found = installation.find_host()
+    for folder in BASE_FOLDERS:
+        (BASE / folder).mkdir(parents=True, exist_ok=True)
+    HOST = installation.import_host(found, ["--cpu", "--base-directory", str(BASE)])
 except installation.HostUnavailable as error:
     WHY_NOT = str(error)
     if os.environ.get("TRILORA_REQUIRE_HOST") == "1":
@@ -66,7 +70,7 @@ def pytest_unconfigure():
 
 @pytest.fixture(scope="session")
 def host() -> installation.Host:
-    """The imported ComfyUI: path, version, base directory."""
+    """The imported ComfyUI: path and version."""
     return HOST
 
 
@@ -112,11 +116,17 @@ def pack_module(pack):
 
 
 @pytest.fixture(scope="session")
-def models_dir(host) -> Path:
+def base_dir(host) -> Path:
+    """The base directory that keeps the tests out of the installation's own models, outputs and user data."""
+    return BASE
+
+
+@pytest.fixture(scope="session")
+def models_dir(base_dir) -> Path:
     """The host's models folder, holding checkpoints/tiny_sd15.safetensors and the TAESD pair in vae_approx/."""
     from comfyui_trilora.tests.host import tiny_checkpoint
 
-    models = host.base / "models"
+    models = base_dir / "models"
     tiny_checkpoint.write_sd15(models / "checkpoints" / "tiny_sd15.safetensors")
     tiny_checkpoint.write_taesd(models / "vae_approx")
     return models

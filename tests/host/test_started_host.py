@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from comfyui_trilora.tests.host.server import HostError
-from comfyui_trilora.tests.host.workflow import to_prompt
+from comfyui_trilora.benchmarks.workflow import to_prompt
 from PIL import Image
 
 STOCK = json.loads((Path(__file__).parent / "stock_workflow.json").read_text(encoding="utf-8"))

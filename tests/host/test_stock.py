@@ -20,11 +20,11 @@ def is_healthy(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(tensor).all()) and 1e-3 < float(tensor.float().std()) < 1e3
 
 
-def test_the_host_stays_in_its_base_directory(host, models_dir):
+def test_the_host_stays_in_its_base_directory(models_dir, base_dir):
     assert "tiny_sd15.safetensors" in folder_paths.get_filename_list("checkpoints")
     assert folder_paths.get_folder_paths("checkpoints") == [str(models_dir / "checkpoints")]
     for folder in (folder_paths.get_output_directory(), folder_paths.get_input_directory()):
-        assert folder.startswith(str(host.base))
+        assert folder.startswith(str(base_dir))
 
 
 def test_training_and_sampling_nodes_are_there(stock_nodes):

@@ -26,7 +26,7 @@ class TriLoraConfig:
     alpha: numerator of s = alpha / min(r1, r2); 0 means s = 1.
     core: "diagonal" (C = diag(sigma), eq. 5) or "full" (C is r2 x r1, Figure 1).
     sigma_init: C starts from W0's top singular values: "svd" as they are, "svd_relative" divided by the largest, or
-        "ones". All three leave R = 0 at the start, since Vt is zero; they set how fast the first steps move.
+        "ones", which a weight of zeros gets in any case. All three leave R = 0 at the start, since Vt is zero; they set how fast the first steps move.
     energy: 0 uses `rank` everywhere; a share in (0, 1] takes per layer the smallest r with
         sum(sigma_1..r ^2) >= energy * |W0|^2, `rank` being the cap ("Compact SVD determines the number of features").
     orthogonality: weight of the penalty |UtU - I|^2 + |VVt - I|^2 (the paper enforces none: 0).
@@ -75,8 +75,10 @@ class TriLoraConfig:
         start = torch.ones(smallest)
         if self.sigma_init != "ones":
             start = sigma[:smallest].cpu()
-            if self.sigma_init == "svd_relative":
-                start = start / start[0].clamp_min(torch.finfo(torch.float32).tiny)
+            if start[0] == 0:  # a zero weight: with C = 0 beside Vt = 0 no factor would ever get a gradient
+                start = torch.ones(smallest)
+            elif self.sigma_init == "svd_relative":
+                start = start / start[0]
         core = start
         if self.core == "full":
             core = torch.zeros(rank_out, rank)

@@ -5,6 +5,7 @@ sentence that says what is missing and what to do about it.
 """
 
 import importlib
+import inspect
 import os
 import re
 import sys
@@ -12,10 +13,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-BASE_FOLDERS = (
-    "models/checkpoints", "models/vae_approx", "models/loras", "input", "output", "temp", "user", "custom_nodes",
-)  # fmt: skip
+ROOT = Path(__file__).resolve().parents[1]
 # What a failed import must not leave behind.
 HOST_PACKAGES = {
     "comfy",
@@ -36,11 +34,10 @@ class HostUnavailable(Exception):
 
 @dataclass(frozen=True)
 class Host:
-    """An imported ComfyUI: its directory, its version, and the base directory that holds everything it reads or writes."""
+    """An imported ComfyUI: its directory and its version."""
 
     path: Path
     version: str
-    base: Path
 
 
 def is_host(path: Path) -> bool:
@@ -83,22 +80,18 @@ def read_version(host: Path) -> str:
     return re.search(r'__version__\s*=\s*"([^"]+)"', text).group(1)
 
 
-def import_host(base: Path) -> Host:
-    """Imports the host's ``nodes`` and ``server`` on the CPU, with ``base`` as its base directory.
-
-    The base directory keeps the tests out of the installation's own models, outputs, user data and custom nodes.
-    """
-    path = find_host()
+def import_host(path: Path, arguments: list[str]) -> Host:
+    """Imports the ``nodes`` and ``server`` of the ComfyUI in directory ``path``; ``arguments`` are those of its main.py."""
+    if not is_host(path):
+        raise HostUnavailable(f"'{path}' holds no main.py and comfyui_version.py; give the directory of a ComfyUI")
+    path = path.resolve()
     missing = missing_requirements(path)
     if missing:
         shown = ", ".join(missing[:4]) + (", …" if len(missing) > 4 else "")
         raise HostUnavailable(f"{sys.executable} lacks {len(missing)} requirements of {path} ({shown})")
-    for folder in BASE_FOLDERS:
-        (base / folder).mkdir(parents=True, exist_ok=True)
-
     argv, search_path, modules = sys.argv, list(sys.path), set(sys.modules)
     sys.path.insert(0, str(path))
-    sys.argv = ["main.py", "--cpu", "--base-directory", str(base)]
+    sys.argv = ["main.py", *arguments]
     try:
         # Before anything else of comfy: without it --cpu is ignored, and the import asks for CUDA.
         importlib.import_module("comfy.options").enable_args_parsing()
@@ -117,4 +110,10 @@ def import_host(base: Path) -> Host:
         raise HostUnavailable(f"importing {path} failed: {type(error).__name__}: {error}") from error
     finally:
         sys.argv = argv
-    return Host(path, read_version(path), base)
+    return Host(path, read_version(path))
+
+
+def cache_arguments(executor: type) -> dict:
+    """What ``execution.PromptExecutor`` wants to know about caching, in either version: plain caching, no limits."""
+    known = inspect.signature(executor).parameters
+    return {"cache_args": {"lru": 0, "ram": 0.0, "ram_inactive": 0.0}} if "cache_args" in known else {}
