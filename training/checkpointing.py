@@ -30,13 +30,13 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        inputs = [t.requires_grad_(need) for t, need in zip(ctx.kept, ctx.needs)]
+        inputs = [t.requires_grad_(need) for t, need in zip(ctx.kept, ctx.needs, strict=True)]
         with torch.enable_grad(), ctx.saved():
             # a leaf that needs a gradient may not be written in place: hand the block a copy of it
             outputs = ctx.run([t.clone() if t.requires_grad else t for t in inputs])
         wanted = [t for t, need in zip(inputs, ctx.needs) if need] + list(ctx.parameters)
         # a last block may return None for the stream that ends with it
-        pairs = [(o, g) for o, g in zip(outputs, grads) if o is not None and o.requires_grad and g is not None]
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and o.requires_grad and g is not None]
         found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))
         result = [next(found) if need else None for need in ctx.needs]
         return None, None, None, *result, *found
@@ -60,7 +60,7 @@ def checkpointed(forward: Callable, parameters: Sequence[Tensor], saved: Callabl
 
         def run(tensors: list[Tensor]):
             filled = list(leaves)
-            for place, tensor in zip(places, tensors):
+            for place, tensor in zip(places, tensors, strict=True):
                 filled[place] = tensor
             args, kwargs = tree_unflatten(filled, spec)
             outputs = forward(*args, **kwargs)

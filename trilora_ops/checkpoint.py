@@ -25,7 +25,7 @@ PAIRS = ((".lora_up.weight", ".lora_down.weight"), (".lora_B.weight", ".lora_A.w
          (".lora_B.default.weight", ".lora_A.default.weight"))
 UP, DOWN, ALPHA = ".lora_up.weight", ".lora_down.weight", ".alpha"
 # companions that make a layer more than up * down
-_NOT_PLAIN = (".lora_mid.weight", ".dora_scale", ".reshape_weight")
+_NOT_PLAIN = (".lora_mid.weight", ".dora_scale", ".lora_magnitude_vector", ".reshape_weight")
 
 
 class AdapterState(dict):
@@ -83,10 +83,12 @@ def split_layers(tensors: Mapping[str, Tensor]) -> tuple[dict[str, FileLayer], d
 def canonical_state(state: AdapterState) -> AdapterState:
     """The same adapter with every low-rank layer in SVD canonical form (a marked one is returned as it is).
 
-    Other kinds of layers are kept as they are. Names stay; the metadata gain our mark.
+    Other kinds of layers are kept as they are. Names stay; the metadata gain our mark. Raises TriLoRAError for
+    non-finite values.
     """
     if state.canonical:
         return state
+    check_finite(state)
     layers, rest = split_layers(state)
     tensors = dict(rest)
     for name, layer in layers.items():
@@ -127,6 +129,7 @@ def write_adapter(path: str | os.PathLike, state: AdapterState, dtype: torch.dty
     path = Path(path)
     if path.exists():
         raise TriLoRAError(f"{path.name}: a file of this name exists already; choose another name")
+    check_finite(state, "the adapter is broken; train it again with a lower learning rate")
     tensors = {k: _cast(k, v, dtype) for k, v in sorted(state.items())}
     check_finite(tensors, f"does not fit {str(dtype).removeprefix('torch.')}; save it as fp32 or bf16")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ def add_low_rank_(weight: Tensor, parts: Sequence[tuple[LowRank, float]]) -> Ten
     if len(parts) == 1:
         up, down, factor = ups[0], downs[0], scales[0]
     else:
-        up, down, factor = torch.cat([u * s for u, s in zip(ups, scales)], dim=1), torch.cat(downs), 1.0
+        up, down, factor = torch.cat([u * s for u, s in zip(ups, scales, strict=True)], dim=1), torch.cat(downs), 1.0
 
     channels_last = weight.ndim > 2 and not weight.is_contiguous()
     if channels_last:

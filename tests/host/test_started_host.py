@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-from comfyui_trilora.tests.host.server import HostError
 from comfyui_trilora.benchmarks.workflow import to_prompt
+from comfyui_trilora.tests.host.server import HostError
 from PIL import Image
 
 STOCK = json.loads((Path(__file__).parent / "stock_workflow.json").read_text(encoding="utf-8"))

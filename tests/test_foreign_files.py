@@ -1,0 +1,154 @@
+"""Files that other libraries really write: split into the right layers, with the delta those libraries apply."""
+
+import pytest
+import torch
+from comfyui_trilora.trilora_ops.checkpoint import (
+    PAIRS,
+    AdapterState,
+    canonical_state,
+    read_adapter,
+    split_layers,
+    write_adapter,
+)
+from comfyui_trilora.trilora_ops.errors import TriLoRAError
+from safetensors.torch import save_file
+from torch import nn
+
+
+class Small(nn.Module):
+    """Something for a library to adapt: a linear layer, a convolution and one it leaves alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.conv, self.head = nn.Linear(6, 9), nn.Conv2d(4, 5, (3, 2)), nn.Linear(9, 2)
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def deltas(before: dict, after: dict) -> dict:
+    """What a library's own merge has added to each weight, flattened to matrices."""
+    return {key: (after[key] - before[key]).flatten(1) for key in before if after[key].ndim > 1 and not torch.equal(before[key], after[key])}
+
+
+def assert_layers(path, expected: dict, tmp_path) -> None:
+    """The file's layers and its canonical copy's are the expected deltas, and every layer has the weight's kernel."""
+    assert expected
+    state = read_adapter(path)
+    copy = read_adapter(write_adapter(tmp_path / "canonical.safetensors", canonical_state(state), torch.float32))
+    assert copy.canonical and not state.canonical
+    for layers, rest in (split_layers(state), split_layers(copy)):
+        assert not rest and layers.keys() == expected.keys()
+        for name, delta in expected.items():
+            torch.testing.assert_close(layers[name].pair.dense(), delta, atol=2e-6, rtol=1e-5)
+            assert layers[name].kernel == ((3, 2) if name.endswith("conv") else ())
+
+
+def save_with_peft(folder, **options):
+    """A file written by peft's save_pretrained, with the deltas of its own merge_and_unload."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    base = Small()
+    before = {k: v.clone() for k, v in base.state_dict().items()}
+    config = peft.LoraConfig(r=3, target_modules=["fc", "conv"], init_lora_weights=False, **options)
+    model = peft.get_peft_model(base, config)
+    model.save_pretrained(folder)
+    after = model.merge_and_unload().state_dict()
+    expected = {f"base_model.model.{key.removesuffix('.weight')}": delta for key, delta in deltas(before, after).items()}
+    return folder / "adapter_model.safetensors", expected
+
+
+def test_peft(tmp_path):
+    path, expected = save_with_peft(tmp_path, lora_alpha=3)
+    assert set(expected) == {"base_model.model.fc", "base_model.model.conv"}
+    assert_layers(path, expected, tmp_path)
+
+
+def test_pefts_alpha_is_not_in_its_file(tmp_path):
+    """peft keeps alpha in a file of its own beside this one; what can be read is up * down, at scale 1."""
+    path, expected = save_with_peft(tmp_path, lora_alpha=6)
+    assert_layers(path, {name: delta / 2 for name, delta in expected.items()}, tmp_path)
+
+
+def test_dora_is_not_taken_for_plain_low_rank(tmp_path):
+    """With a magnitude beside them up and down are not the delta: such a layer stays as it is, whole."""
+    path, _ = save_with_peft(tmp_path, lora_alpha=3, use_dora=True)
+    state = read_adapter(path)
+    layers, rest = split_layers(state)
+    assert layers == {} and rest.keys() == state.keys() and len(rest) == 6
+    result = canonical_state(state)
+    assert result.keys() == state.keys() and not result.canonical
+
+
+@pytest.mark.parametrize("alpha", [1.5, 3.0])
+def test_lycoris(tmp_path, alpha):
+    """LoCon as LyCORIS trains and saves it; the deltas are those of its own merge."""
+    lycoris = pytest.importorskip("lycoris")
+    torch.manual_seed(2)
+    base = Small()
+    before = {k: v.clone() for k, v in base.state_dict().items()}
+    network = lycoris.LycorisNetwork
+    network.apply_preset({"target_name": [".*fc", ".*conv"], "target_module": []})
+    try:
+        wrapped = lycoris.create_lycoris(base, 1.0, linear_dim=3, linear_alpha=alpha, conv_dim=2, conv_alpha=alpha, algo="lora")
+    finally:
+        network.apply_preset({})
+    wrapped.apply_to()
+    for parameter in wrapped.parameters():
+        parameter.data.copy_(draw(*parameter.shape, seed=parameter.numel()))
+    path = tmp_path / "lycoris.safetensors"
+    wrapped.save_weights(str(path), torch.float32, {})
+    wrapped.merge_to(1.0)
+    expected = {f"lycoris_{key.removesuffix('.weight')}": delta for key, delta in deltas(before, base.state_dict()).items()}
+    assert set(expected) == {"lycoris_fc", "lycoris_conv"}
+    assert_layers(path, expected, tmp_path)
+
+
+@pytest.mark.parametrize("alpha", [None, 4.0, 1.0, 0.5])
+def test_kohya(tmp_path, alpha):
+    """delta = alpha / rank * up * down; without an alpha the scale is 1."""
+    up, down = {"lora_unet_fc": draw(9, 4), "lora_unet_conv": draw(5, 4, 1, 1, seed=1)}, {"lora_unet_fc": draw(4, 6), "lora_unet_conv": draw(4, 4, 3, 2, seed=2)}
+    tensors = {f"{name}.lora_up.weight": value for name, value in up.items()} | {f"{name}.lora_down.weight": value for name, value in down.items()}
+    if alpha is not None:
+        tensors |= {f"{name}.alpha": torch.tensor(alpha) for name in up}
+    path = tmp_path / "kohya.safetensors"
+    save_file(tensors, path, metadata={"ss_network_module": "networks.lora"})
+    scale = 1.0 if alpha is None else alpha / 4
+    assert_layers(path, {name: scale * up[name].flatten(1) @ down[name].flatten(1) for name in up}, tmp_path)
+
+
+def test_kohyas_formula_is_a_pair_of_convolutions():
+    """The flattened product is the kernel of `up` (1x1) after `down` (k x k), as trainers compute it."""
+    up, down = draw(5, 4, 1, 1), draw(4, 3, 3, 2, seed=1)
+    dense = split_layers({"x.lora_up.weight": up, "x.lora_down.weight": down})[0]["x"].pair.dense().view(5, 3, 3, 2)
+    x = draw(2, 3, 6, 7, seed=2)
+    torch.testing.assert_close(nn.functional.conv2d(x, dense), nn.functional.conv2d(nn.functional.conv2d(x, down), up), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("up", "down"), PAIRS, ids=[up for up, _ in PAIRS])
+def test_every_spelling_of_a_pair(up, down):
+    tensors = {f"a.b{up}": draw(7, 2), f"a.b{down}": draw(2, 5, seed=1), "a.b.alpha": torch.tensor(1.0), "other": draw(3)}
+    layers, rest = split_layers(tensors)
+    assert list(layers) == ["a.b"] and list(rest) == ["other"]
+    torch.testing.assert_close(layers["a.b"].pair.dense(), 0.5 * draw(7, 2) @ draw(2, 5, seed=1))
+
+
+@pytest.mark.parametrize("companion", ["lora_mid.weight", "dora_scale", "reshape_weight", "lora_magnitude_vector"])
+def test_layers_with_a_companion_stay_whole(companion):
+    tensors = {"x.lora_up.weight": draw(7, 2), "x.lora_down.weight": draw(2, 5), "x.alpha": torch.tensor(1.0), f"x.{companion}": draw(2)}
+    layers, rest = split_layers(tensors)
+    assert layers == {} and rest.keys() == tensors.keys()
+
+
+def test_a_lone_factor_is_not_a_layer():
+    tensors = {"x.lora_up.weight": draw(7, 2), "y.lora_down.weight": draw(2, 5), "z.hada_w1_a": draw(2, 2)}
+    layers, rest = split_layers(tensors)
+    assert layers == {} and rest.keys() == tensors.keys()
+
+
+@pytest.mark.parametrize(("up", "down"), [((7, 2), (3, 5)), ((7,), (2, 5)), ((2, 7), (7,))], ids=str)
+def test_factors_that_do_not_fit_are_refused(up, down):
+    tensors = AdapterState({"x.lora_up.weight": draw(*up), "x.lora_down.weight": draw(*down)})
+    with pytest.raises(TriLoRAError, match="x.lora_up.weight is .* and x.lora_down.weight is .*: expected"):
+        canonical_state(tensors)
