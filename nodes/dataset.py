@@ -67,7 +67,7 @@ class TrainingDatasetNode(io.ComfyNode):
     def execute(cls, folder, vae, clip, trigger, resolution) -> io.NodeOutput:
         images = read_folder(folder_path(folder), trigger, resolution)
         text = summary(images)
-        compat.show_text(text, cls.hidden.unique_id)
+        compat.show_text(text.replace("\n", ";\n"), cls.hidden.unique_id)  # 1.49's nodes 2.0 show no line breaks
         log.info("dataset %s: %s", folder, text.replace("\n", "; "))
         bar = comfy.utils.ProgressBar(len(images))
         prompts: dict[str, list] = {}

@@ -45,9 +45,10 @@ class SaveAdapter(io.ComfyNode):
         if not state:
             raise TriLoRAError("adapter: holds no tensors; connect the output of Train Adapter")
         path = save_state(state, name, DTYPES[dtype])
-        text = f"{path}\n{os.path.getsize(path) / 2**20:.1f} MB, {dtype}"
+        text = f"{path}\n({os.path.getsize(path) / 2**20:.1f} MB, {dtype})"
         compat.show_text(text, cls.hidden.unique_id)
-        return io.NodeOutput(os.path.basename(path), ui=ui.PreviewText(text))
+        listed = os.path.relpath(path, os.path.join(folder_paths.get_output_directory(), "loras"))
+        return io.NodeOutput(listed, ui=ui.PreviewText(text))
 
 
 def save_state(state: AdapterState, name: str, dtype: torch.dtype) -> str:

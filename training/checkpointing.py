@@ -54,20 +54,23 @@ def checkpointed(forward: Callable, parameters: Sequence[Tensor], saved: Callabl
             return forward(*args, **kwargs)
         leaves, spec = tree_flatten((args, kwargs))
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        if not parameters and not any(leaves[i].requires_grad for i in places):
+        tensors = [leaves[i] for i in places]
+        if not parameters and not any(t.requires_grad for t in tensors):
             return forward(*args, **kwargs)
+        for place in places:  # `run` lives as long as the graph and must not keep the originals beside their copies
+            leaves[place] = None
         single = []
 
-        def run(tensors: list[Tensor]):
+        def run(copies: list[Tensor]):
             filled = list(leaves)
-            for place, tensor in zip(places, tensors, strict=True):
+            for place, tensor in zip(places, copies, strict=True):
                 filled[place] = tensor
             args, kwargs = tree_unflatten(filled, spec)
             outputs = forward(*args, **kwargs)
             single.append(isinstance(outputs, Tensor))
             return (outputs,) if single[-1] else outputs
 
-        outputs = _Recompute.apply(run, saved, len(places), *(leaves[i] for i in places), *parameters)
+        outputs = _Recompute.apply(run, saved, len(places), *tensors, *parameters)
         return outputs[0] if single[-1] else outputs
 
     return call

@@ -41,7 +41,7 @@ class TrainingConfig:
 
     def __post_init__(self):
         for field in ("steps", "batch_size", "accumulation"):
-            if getattr(self, field) < 1:
+            if not isinstance(getattr(self, field), int) or getattr(self, field) < 1:
                 raise TriLoRAError(f"{field}={getattr(self, field)}: a whole number of 1 or more")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise TriLoRAError(f"learning_rate={self.learning_rate}: a positive number; 1e-4 is a good start")

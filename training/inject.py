@@ -46,7 +46,7 @@ def injected(host: Host, adapters: Mapping[str, Adapter], checkpointing: bool = 
     finally:
         for module, own in reversed(replaced):
             if own is None:
-                del module.forward
+                module.__dict__.pop("forward", None)  # not there yet if an interrupt came before the assignment
             else:
                 module.forward = own
 

@@ -10,6 +10,7 @@ from comfyui_trilora.tests.host.tiny_run import (
     load_checkpoint,
     run_node,
     sample_latents,
+    tiny_dataset,
     traces,
     weights_hash,
 )
@@ -17,10 +18,9 @@ from comfyui_trilora.tests.host.tiny_run import (
 LATENT = (1, 4, 8, 8)
 # (method node, its inputs, target): both methods, and convolutions of every kind the U-Net has
 RUNS = {
-    "trilora": ("TriLoRAMethodTriLoRA", {"rank": 4, "sigma_init": "ones"}, "attention"),
-    "lora": ("TriLoRAMethodLoRA", {"rank": 4, "alpha": 2.0}, "attention"),
-    "trilora on convolutions": ("TriLoRAMethodTriLoRA", {"rank": 3, "core": "full", "rank_out": 2}, "linear+conv"),
-    "lora on convolutions": ("TriLoRAMethodLoRA", {"rank": 3}, "linear+conv"),
+    "trilora": ("TriLoRAMethodTriLoRA", {"rank": 4}, "attention"),
+    "full trilora": ("TriLoRAMethodTriLoRA", {"rank": 3, "core": "full", "rank_out": 2, "sigma_init": "ones"}, "linear+conv"),
+    "locon": ("TriLoRAMethodLoRA", {"rank": 3, "alpha": 2.0}, "linear+conv"),
 }
 
 
@@ -47,12 +47,12 @@ def trained(request, host_nodes, base):
     method_node, options, target = RUNS[request.param]
     before = weights_hash(base[0]), [id(p) for p in base[0].model.parameters()]
     modes = []
-    settings = run_node(host_nodes, "TriLoRATrainingSettings", steps=8, learning_rate=2e-3, batch_size=2, schedule="constant",
+    settings = run_node(host_nodes, "TriLoRATrainingSettings", steps=6, learning_rate=5e-3, batch_size=2, schedule="constant",
                         warmup=0.0, training_seed=3)[0]
     method = run_node(host_nodes, method_node, **options)[0]
     with torch.inference_mode():
         model, adapter, loss, report = run_node(host_nodes, "TriLoRATrainAdapter", model=base[0],
-                                                dataset=encode_photographs(host_nodes), method=method, settings=settings, target=target)
+                                                dataset=tiny_dataset(host_nodes), method=method, settings=settings, target=target)
         modes.append(torch.is_inference_mode_enabled())
     list_saved_adapters()
     name = run_node(host_nodes, "TriLoRASaveAdapter", adapter=adapter, name=request.param.replace(" ", "_"), dtype="fp32")[0]
@@ -76,18 +76,18 @@ def fixed_noise_loss(report: str) -> tuple[float, float]:
 def test_the_dataset_holds_the_photographs(host_nodes, models_dir):
     """Every photograph is there with its caption, at its own aspect ratio."""
     dataset = encode_photographs(host_nodes)
-    assert [image.name for image in dataset.images] == ["astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg"]
+    assert [image.name for image in dataset.images] == ["astronaut.png", "chelsea.png", "coffee.png"]
     assert dataset.images[1].prompt == "photograph, a tabby cat looking up"
-    assert dataset.tag_frequency["photograph"] == 4
+    assert dataset.tag_frequency["photograph"] == 3
     shapes = {tuple(image.latent.shape) for image in dataset.images}
     assert len(shapes) > 1 and all(shape[2] * shape[3] <= 16 * 16 for shape in shapes)
-    assert "4 images, 4 with captions" in dataset.summary
+    assert "3 images, 3 with captions" in dataset.summary
 
 
 def test_training_lowers_the_loss_on_fixed_noise(trained):
     before, after = fixed_noise_loss(trained["report"])
-    assert after < 0.9 * before
-    assert len(trained["loss"]["loss"]) == 8 and all(loss > 0 for loss in trained["loss"]["loss"])
+    assert after < 0.97 * before
+    assert len(trained["loss"]["loss"]) == 6 and all(loss > 0 for loss in trained["loss"]["loss"])
 
 
 def test_the_base_model_is_left_as_found(trained, base):
@@ -140,7 +140,7 @@ def test_core_loss_plot_and_saver_take_our_outputs(host_nodes, base, trained, tr
 def test_the_injected_adapters_compute_what_the_patched_model_does(host_nodes, base, pack_module):
     """Activations through the adapters = activations through the merged weights, for one denoising of a batch."""
     host = pack_module("nodes.comfy_host").ComfyHost(base[0])
-    dataset = encode_photographs(host_nodes)
+    dataset = tiny_dataset(host_nodes)
     lora = pack_module("trilora_ops.residuals.lora").LoraConfig(rank=2)
     method = pack_module("trilora_ops.registry").Method(lora)
     with host.session():
