@@ -12,7 +12,7 @@ import comfy.sampler_helpers
 import comfy.samplers
 import comfy.supported_models
 import torch
-from comfy.ldm.modules.attention import SpatialTransformer
+from comfy.ldm.modules.attention import SpatialTransformer, attention_pytorch
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch import Tensor, nn
 
@@ -100,6 +100,7 @@ class ComfyHost:
         """The model's x0, fp32."""
         options = dict(self.patcher.model_options.get("transformer_options", {}))
         options |= {"cond_or_uncond": [0], "uuids": [self.patcher.patches_uuid], "sigmas": sigma}
+        options.setdefault("optimized_attention_override", _fused_attention)
         return self.model.apply_model(x, sigma, transformer_options=options, **conditions)
 
     @contextmanager
@@ -128,6 +129,12 @@ class ComfyHost:
     def fingerprint(self) -> str:
         """Identity of the base model's weights."""
         return fingerprint({key: module.weight for key, module in self._layers.items()})
+
+
+def _fused_attention(attention, *args, **kwargs) -> Tensor:
+    # torch's own has a gradient on every device and keeps no score matrix for it; the host may have chosen one that has
+    # none (Sage), or that keeps all scores (its default on the CPU)
+    return attention_pytorch(*args, **kwargs)
 
 
 def _prediction(sampling) -> str:

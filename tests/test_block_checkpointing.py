@@ -8,24 +8,14 @@ import pytest
 import torch
 from comfyui_trilora.training.checkpointing import checkpointed
 from comfyui_trilora.training.inject import injected, needs_clones
-from comfyui_trilora.training.plan import build_adapters
-from comfyui_trilora.trilora_ops.registry import Method
 from comfyui_trilora.trilora_ops.residuals.lora import LoraConfig
 from comfyui_trilora.trilora_ops.residuals.trilora import TriLoraConfig
 from torch import nn
 
-from .toy_host import ToyHost, make_samples
+from .toy_host import ToyHost, adapters_on, make_samples
 
+TRILORA = TriLoraConfig(rank=2)
 STYLES = {"out-of-place": {}, "in-place": {"in_place": True, "norm": False}, "overwriting": {"in_place": True}}
-
-
-def adapters_of(host, target="linear", method=TriLoraConfig(rank=2)):  # noqa: B008 - frozen
-    adapters = build_adapters(host, Method(method), target, seed=5)
-    draw = torch.Generator().manual_seed(6)
-    for adapter in adapters.values():
-        for parameter in adapter.to(host.dtype).parameters():
-            parameter.data += 0.2 * torch.randn(parameter.shape, generator=draw)
-    return adapters
 
 
 def loss_of(host):
@@ -61,9 +51,9 @@ def test_checkpointed_gradients(style, target):
     """
     reference = ToyHost(norm=STYLES[style].get("norm", True))
     host = ToyHost(**STYLES[style])
-    expected = gradients(reference, adapters_of(reference, target))
+    expected = gradients(reference, adapters_on(reference, TRILORA, target))
     assert any("blocks.0" in name for name in expected[1])
-    assert_same(gradients(host, adapters_of(host, target), checkpointing=True, clone_saved=style == "overwriting"), expected)
+    assert_same(gradients(host, adapters_on(host, TRILORA, target), checkpointing=True, clone_saved=style == "overwriting"), expected)
 
 
 @pytest.mark.parametrize("target", ["linear", "everything"], ids=["blocks-only", "whole-model"])
@@ -72,7 +62,7 @@ def test_cloned_gradients(style, target):
     """Copies of saved activations give the same gradients whether a model needs them or not."""
     reference = ToyHost(norm=STYLES[style].get("norm", True))
     host = ToyHost(**STYLES[style])
-    assert_same(gradients(host, adapters_of(host, target), clone_saved=True), gradients(reference, adapters_of(reference, target)))
+    assert_same(gradients(host, adapters_on(host, TRILORA, target), clone_saved=True), gradients(reference, adapters_on(reference, TRILORA, target)))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -80,7 +70,7 @@ def test_overwriting_is_noticed(checkpointing):
     """Without copies such a model stops with the error that the loop looks for, never with wrong gradients."""
     host = ToyHost(in_place=True)
     with pytest.raises(RuntimeError) as error:
-        gradients(host, adapters_of(host), checkpointing)
+        gradients(host, adapters_on(host, TRILORA, "linear"), checkpointing)
     assert needs_clones(error.value)
     assert not needs_clones(RuntimeError("CUDA out of memory"))
 
@@ -90,7 +80,7 @@ def test_overwriting_is_noticed(checkpointing):
 def test_gradients_against_finite_differences(style, checkpointing):
     """In fp64, every parameter of every adapter of the model: (loss(p + h) - loss(p - h)) / 2h."""
     host = ToyHost(dtype=torch.float64, **STYLES[style])
-    adapters = adapters_of(host, "attention", LoraConfig(rank=1))
+    adapters = adapters_on(host, LoraConfig(rank=1), "attention")
     _, found = gradients(host, adapters, checkpointing, clone_saved=style != "out-of-place")
     h, count = 1e-5, 0
     with torch.no_grad(), injected(host, adapters):
@@ -109,16 +99,20 @@ def test_gradients_against_finite_differences(style, checkpointing):
     assert count > 40
 
 
-def test_checkpointing_keeps_no_activations_of_blocks():
-    kept = {}
-    for checkpointing in (False, True):
-        host = ToyHost()
-        host.model.blocks[0].register_forward_pre_hook(lambda *args: saved.clear())
-        host.model.conv_out.register_forward_pre_hook(lambda *args: kept.update({checkpointing: len(saved)}))  # noqa: B023
-        saved = []
-        with injected(host, adapters_of(host), checkpointing), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # noqa: B023
+def saved_inside_blocks(checkpointing) -> int:
+    """How many tensors autograd keeps from the first block's input to the last block's output."""
+    host, saved, counts = ToyHost(), [], []
+    host.model.blocks[0].register_forward_pre_hook(lambda *args: counts.append(len(saved)))
+    host.model.conv_out.register_forward_pre_hook(lambda *args: counts.append(len(saved)))
+    with injected(host, adapters_on(host, TRILORA, "linear"), checkpointing):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
             loss_of(host)
-    assert kept[True] == 0 and kept[False] > 20
+    return counts[1] - counts[0]
+
+
+def test_checkpointing_keeps_no_activations_of_blocks():
+    assert saved_inside_blocks(checkpointing=True) == 0
+    assert saved_inside_blocks(checkpointing=False) > 20
 
 
 def test_one_copy_of_the_input_is_kept():

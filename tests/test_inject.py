@@ -10,8 +10,9 @@ from comfyui_trilora.trilora_ops.registry import Method
 from comfyui_trilora.trilora_ops.residuals.lora import LoraConfig
 from torch import nn
 
-from .toy_host import ToyHost, make_samples
+from .toy_host import ToyHost, adapters_on, make_samples, overridden, parameters_of
 
+LORA = LoraConfig(rank=2)
 SIGMA = torch.tensor([0.7, 2.0])
 # name -> (layer, input shape): non-square, strided, padded, dilated and grouped in every number of axes
 FROZEN = {
@@ -27,22 +28,9 @@ FROZEN = {
 }
 
 
-def adapters_of(host, target="everything", rank=2):
-    """Adapters on the host that have moved away from the identity."""
-    adapters = build_adapters(host, Method(LoraConfig(rank=rank)), target, seed=5)
-    draw = torch.Generator().manual_seed(6)
-    for adapter in adapters.values():
-        adapter.residual.up.data.copy_(torch.randn(adapter.residual.up.shape, generator=draw) * 0.2)
-    return adapters
-
-
 def batch():
     samples = make_samples(2)
     return torch.cat([s.x0 for s in samples]), SIGMA, torch.cat([s.conditions for s in samples])
-
-
-def overridden(model) -> list[str]:
-    return [name for name, module in model.named_modules() if "forward" in module.__dict__]
 
 
 @pytest.mark.parametrize("name", FROZEN)
@@ -102,16 +90,16 @@ def test_the_model_computes_with_its_adapters(inference):
     inputs = batch()
     with torch.no_grad():
         base = host.model(*inputs)
-        with injected(host, build_adapters(host, Method(LoraConfig(rank=2)), "everything", 0)):
+        with injected(host, build_adapters(host, Method(LORA), "everything", 0)):
             assert torch.equal(host.model(*inputs), base)
-        adapters = adapters_of(host)
+        adapters = adapters_on(host, LORA)
         weights = {k.removeprefix("diffusion_model."): host.weight(k) + a.delta(host.weight(k)).view_as(host.weight(k)) for k, a in adapters.items()}
         expected = torch.func.functional_call(host.model, weights, inputs)
     with injected(host, adapters):
         found = host.model(*inputs)
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max() and (found - base).abs().max() > 0.01
     found.sum().backward()
-    assert all(p.grad is not None and p.grad.any() for a in adapters.values() for p in a.parameters())
+    assert all(p.grad is not None and p.grad.any() for p in parameters_of(adapters))
     with torch.no_grad():
         assert torch.equal(host.model(*inputs), base)
 
@@ -121,7 +109,7 @@ def test_the_model_computes_with_its_adapters(inference):
 def test_nothing_below_the_first_adapter_is_differentiated(first, checkpointing):
     """Below it activations carry no graph and the backward pass asks for no weight; above it, it asks for every one."""
     host = ToyHost()
-    adapters = {k: a for k, a in adapters_of(host).items() if k.startswith(f"diffusion_model.blocks.{first}.attn.out")}
+    adapters = {k: a for k, a in adapters_on(host, LORA).items() if k.startswith(f"diffusion_model.blocks.{first}.attn.out")}
     assert len(adapters) == 1
     traced = {}
     with injected(host, adapters, checkpointing):
@@ -148,7 +136,7 @@ def test_the_model_is_left_as_found(ending, checkpointing):
     assert overridden(host.model) == ["blocks.1.mlp"]
     reason = {"normal": None, "exception": ValueError(), "interrupt": KeyboardInterrupt()}[ending]
     try:
-        with injected(host, adapters_of(host), checkpointing):
+        with injected(host, adapters_on(host, LORA), checkpointing):
             assert len(overridden(host.model)) == len(host.layers()) + (3 if checkpointing else 0)
             host.model(*batch()).sum().backward()
             if reason is not None:
@@ -169,7 +157,7 @@ def test_an_interrupt_while_injecting_leaves_nothing_either():
 
     host = ToyHost()
     host.model.blocks[1].mlp = Stubborn(6, 6)
-    with pytest.raises(KeyboardInterrupt), injected(host, adapters_of(host)):
+    with pytest.raises(KeyboardInterrupt), injected(host, adapters_on(host, LORA)):
         pass
     assert overridden(host.model) == []
 
@@ -177,7 +165,7 @@ def test_an_interrupt_while_injecting_leaves_nothing_either():
 def test_injections_nest():
     """Two sets of adapters on one model add up, and come off in turn."""
     host = ToyHost(norm=False)
-    inputs, adapters = batch(), adapters_of(host, "attention")
+    inputs, adapters = batch(), adapters_on(host, LORA, "attention")
     halves = [{k: a for i, (k, a) in enumerate(adapters.items()) if i % 2 == half} for half in (0, 1)]
     with torch.no_grad():
         with injected(host, adapters):
@@ -190,10 +178,10 @@ def test_injections_nest():
 def test_the_plan():
     """Layers in the model's order, each drawing from a generator of its own; grouped convolutions are left out."""
     host = ToyHost()
-    adapters = build_adapters(host, Method(LoraConfig(rank=2)), "attention", 3)
+    adapters = build_adapters(host, Method(LORA), "attention", 3)
     assert list(adapters) == [f"diffusion_model.blocks.{n}.attn.{part}.weight" for n in range(3) for part in ("q", "out")]
     assert parameter_count(adapters) == 6 * 2 * (6 + 9)
-    again, other = (build_adapters(host, Method(LoraConfig(rank=2)), "attention", seed) for seed in (3, 4))
+    again, other = (build_adapters(host, Method(LORA), "attention", seed) for seed in (3, 4))
     downs = [a.residual.down for a in adapters.values()]
     assert all(torch.equal(a.residual.down, d) for a, d in zip(again.values(), downs, strict=True))
     assert not any(torch.equal(a.residual.down, d) for a, d in zip(other.values(), downs, strict=True))

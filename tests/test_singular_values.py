@@ -85,5 +85,6 @@ def test_rank_for_energy(sigma, share, rank):
 def test_the_energy_is_that_of_the_whole_weight():
     """The share counts what lies beyond the computed values too; where the cap cannot reach it, the cap is taken."""
     weight = torch.diag(torch.tensor([4.0, 2.0, 1.0]))
+    assert rank_for_energy(torch.tensor([4.0, 2.0]), weight, 0.78) == 2  # sigma_1 has 16/21 of the whole, 16/20 of the two
     assert rank_for_energy(torch.tensor([4.0, 2.0]), weight, 0.96) == 2
     assert rank_for_energy(torch.tensor([4.0]), weight, 0.5) == 1

@@ -1,4 +1,4 @@
-"""The training loop: gradients of a step against the formulas, what makes runs equal, and how a run ends."""
+"""The training loop: gradients of a step against the formulas, and what makes two runs equal."""
 
 import logging
 
@@ -7,44 +7,31 @@ import torch
 from comfyui_trilora.training import loop
 from comfyui_trilora.training.batches import batches
 from comfyui_trilora.training.config import TrainingConfig
-from comfyui_trilora.training.loop import MAX_BAD_STEPS, Progress, TrainingStopped, evaluate, train
-from comfyui_trilora.training.plan import build_adapters
+from comfyui_trilora.training.loop import Progress, TrainingStopped, evaluate, train
 from comfyui_trilora.training.schedule import rate_factor
-from comfyui_trilora.trilora_ops.errors import TriLoRAError
-from comfyui_trilora.trilora_ops.registry import Method
 from comfyui_trilora.trilora_ops.residuals.lora import LoraConfig
 from comfyui_trilora.trilora_ops.residuals.trilora import TriLoraConfig
 
-from .toy_host import CHANNELS, ToyHost, book_gradients, make_samples, without_caption
+from .toy_host import (
+    ToyHost,
+    adapters_on,
+    book_gradients,
+    equal,
+    make_samples,
+    overridden,
+    parameters_of,
+    snapshot,
+    without_caption,
+)
 
+LORA, TRILORA = LoraConfig(rank=2), TriLoraConfig(rank=2)
 QUICK = {"steps": 6, "batch_size": 2, "learning_rate": 1e-2, "warmup": 0.0, "seed": 7}
 
 
-def adapters_of(host, method=TriLoraConfig(rank=2), moved=True, target="everything"):  # noqa: B008 - frozen
-    adapters = build_adapters(host, Method(method), target, seed=5)
-    draw = torch.Generator().manual_seed(6)
-    for adapter in adapters.values():
-        for parameter in adapter.parameters():
-            parameter.data += 0.2 * moved * torch.randn(parameter.shape, generator=draw)
-    return adapters
-
-
-def parameters_of(adapters):
-    return [p for a in adapters.values() for p in a.parameters()]
-
-
-def snapshot(adapters):
-    return [p.detach().clone() for p in parameters_of(adapters)]
-
-
-def equal(one, other):
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def run(host=None, samples=None, on_step=lambda progress: None, empty=None, method=LoraConfig(rank=2), **options):  # noqa: B008 - frozen
+def run(host=None, samples=None, on_step=lambda progress: None, empty=None, method=LORA, **options):
     """(progress, adapters, their start) of a short run."""
     host, samples = host or ToyHost(), samples or make_samples(5, sizes=((4, 5), (3, 3)))
-    adapters = adapters_of(host, method, moved=False)
+    adapters = adapters_on(host, method, moved=0)
     start = snapshot(adapters)
     progress = train(host, adapters, samples, empty or without_caption(samples), TrainingConfig(**{**QUICK, **options}), on_step)
     return progress, adapters, start
@@ -79,7 +66,7 @@ def four(lengths=(2,), seed=8):
 def test_a_batch_is_the_mean_of_its_samples(prediction, gamma, checkpointing):
     """Loss and gradients of one pass over four samples = the mean of the classical losses, one by one, of the merged model."""
     host, (samples, noise, u) = ToyHost(prediction), four()
-    adapters = adapters_of(host)
+    adapters = adapters_on(host, TRILORA)
     config = TrainingConfig(min_snr_gamma=gamma, checkpointing=checkpointing)
     assert_gradients(step_gradients(host, adapters, [(samples, noise, u)], config), book_gradients(host, adapters, samples, noise, u, gamma))
     assert len(host.collated) == 1
@@ -89,7 +76,7 @@ def test_a_batch_is_the_mean_of_its_samples(prediction, gamma, checkpointing):
 def test_accumulation_is_a_larger_batch(split):
     """Every sample weighs the same, however many passes the step is made of."""
     host, (samples, noise, u) = ToyHost(), four()
-    adapters, config, passes, at = adapters_of(host), TrainingConfig(), [], 0
+    adapters, config, passes, at = adapters_on(host, TRILORA), TrainingConfig(), [], 0
     for size in split:
         passes.append((samples[at:at + size], noise[at:at + size], u[at:at + size]))
         at += size
@@ -101,7 +88,7 @@ def test_accumulation_is_a_larger_batch(split):
 def test_dropped_captions_of_another_length_run_apart():
     """A batch whose texts differ in length is split by signature; loss and gradients stay the mean over all samples."""
     host, (samples, noise, u) = ToyHost(), four(lengths=(2, 3, 2, 2))
-    adapters = adapters_of(host)
+    adapters = adapters_on(host, TRILORA)
     found = step_gradients(host, adapters, [(samples, noise, u)], TrainingConfig(min_snr_gamma=0.0))
     assert host.collated == [["sample0", "sample2", "sample3"], ["sample1"]]
     assert_gradients(found, book_gradients(host, adapters, samples, noise, u))
@@ -109,7 +96,7 @@ def test_dropped_captions_of_another_length_run_apart():
 
 def test_the_penalty_is_added_once_a_step():
     host, (samples, noise, u) = ToyHost(), four()
-    plain, penalised = adapters_of(host), adapters_of(host, TriLoraConfig(rank=2, orthogonality=0.3))
+    plain, penalised = adapters_on(host, TRILORA), adapters_on(host, TriLoraConfig(rank=2, orthogonality=0.3))
     passes = [(samples[:2], noise[:2], u[:2]), (samples[2:], noise[2:], u[2:])]
     loss, gradients = step_gradients(host, penalised, passes, TrainingConfig())
     base, without = step_gradients(host, plain, passes, TrainingConfig())
@@ -148,7 +135,7 @@ def test_a_run_learns_and_reports():
     host, samples = ToyHost(), make_samples(3)
     before = {k: v.clone() for k, v in host.model.state_dict().items()}
     config = TrainingConfig(steps=25, batch_size=3, learning_rate=2e-2, schedule="linear", warmup=0.2, caption_dropout=0.0)
-    adapters, seen = adapters_of(host, LoraConfig(rank=2), moved=False), []
+    adapters, seen = adapters_on(host, LORA, moved=0), []
     first = evaluate(host, adapters, samples, config)
     progress = train(host, adapters, samples, without_caption(samples), config, lambda p: seen.append((p.done, p.learning_rate, len(p.losses))))
     assert evaluate(host, adapters, samples, config) < 0.9 * first
@@ -156,16 +143,17 @@ def test_a_run_learns_and_reports():
     assert progress.done == len(progress.losses) == 25 and progress.skipped == 0 and progress.rate > 0 and progress.grad_norm > 0
     assert progress.smooth_loss == pytest.approx(sum(progress.losses[-20:]) / 20)
     assert all(torch.equal(v, before[k]) for k, v in host.model.state_dict().items())
-    assert all("forward" not in m.__dict__ for m in host.model.modules()) and all(p.grad is None for p in parameters_of(adapters))
+    assert not overridden(host.model) and all(p.grad is None for p in parameters_of(adapters))
 
 
 def test_runs_are_seeded():
     """Same seed, same adapters bit by bit, whatever the global random state; another seed, another run."""
     torch.manual_seed(1)
     _, one, start = run()
+    host = ToyHost()
     torch.manual_seed(2)
     state = torch.get_rng_state()
-    _, two, _ = run()
+    _, two, _ = run(host)
     assert torch.equal(torch.get_rng_state(), state)
     _, other, same_start = run(seed=8)
     assert equal(snapshot(one), snapshot(two)) and equal(start, same_start)
@@ -176,7 +164,7 @@ def test_evaluation_is_fixed_and_disturbs_nothing():
     """The same value every time, from draws of its own: a run with evaluations in between is the run without."""
     host, samples = ToyHost(), make_samples(5, sizes=((4, 5), (3, 3)))
     values, config = [], TrainingConfig(**QUICK)
-    fresh = adapters_of(host, LoraConfig(rank=2), moved=False)
+    fresh = adapters_on(host, LORA, moved=0)
     _, watched, _ = run(on_step=lambda progress: values.append(evaluate(host, fresh, samples, config)))
     _, alone, _ = run()
     assert equal(snapshot(watched), snapshot(alone)) and len(values) == 6 and len(set(values)) == 1
@@ -222,8 +210,8 @@ def test_clipping_and_weight_decay(monkeypatch):
         groups[:] = [(len(group["params"]), group["weight_decay"]) for group in optimizer.param_groups]
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spy)
-    free, adapters, _ = run(grad_clip=0.0, steps=1, method=TriLoraConfig(rank=2), weight_decay=0.03)
-    clipped, _, _ = run(grad_clip=1e-3, steps=1, method=TriLoraConfig(rank=2))
+    free, adapters, _ = run(grad_clip=0.0, steps=1, method=TRILORA, weight_decay=0.03)
+    clipped, _, _ = run(grad_clip=1e-3, steps=1, method=TRILORA)
     assert norms[0] == pytest.approx(free.grad_norm, rel=1e-5) and free.grad_norm == pytest.approx(clipped.grad_norm, rel=1e-5)
     assert norms[0] > 0.01 and norms[1] == pytest.approx(1e-3, rel=1e-2)
     assert groups == [(2 * len(adapters), 0.01), (len(adapters), 0.0)]
@@ -236,82 +224,3 @@ def test_loss_scaling_changes_nothing():
     _, expected, _ = run(plain)
     progress, found, _ = run(scaled)
     assert equal(snapshot(found), snapshot(expected)) and progress.skipped == 0
-
-
-@pytest.mark.parametrize("reason", [ValueError("broken"), KeyboardInterrupt()], ids=["error", "interrupt"])
-@pytest.mark.parametrize("where", ["poll", "forward", "backward", "on_step"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
-def test_a_stopped_run_keeps_what_it_learned(where, reason, checkpointing):
-    """Wherever a run is stopped, the adapters are those of its complete steps and the model is as it was found."""
-    _, expected, start = run(steps=3, schedule="constant", checkpointing=checkpointing)
-    host, steps = ToyHost(), []
-
-    def stop(*args):
-        raise reason
-
-    def arm(progress):
-        steps.append(progress.done)
-        if progress.done == 3:
-            if where == "poll":
-                host.check_interrupt = stop
-            elif where == "forward":
-                host.model.blocks[1].mlp.register_forward_hook(stop)
-            elif where == "backward":
-                host.frozen_weight = stop
-            else:
-                stop()
-
-    before = {k: v.clone() for k, v in host.model.state_dict().items()}
-    samples = make_samples(5, sizes=((4, 5), (3, 3)))
-    adapters = adapters_of(host, LoraConfig(rank=2), moved=False)
-    config = TrainingConfig(**{**QUICK, "schedule": "constant", "checkpointing": checkpointing})
-    with pytest.raises(TrainingStopped, match="training stopped after 3 of 6 steps") as error:
-        train(host, adapters, samples, without_caption(samples), config, arm)
-    assert error.value.__cause__ is reason and error.value.progress.done == 3 and len(error.value.progress.losses) == 3
-    assert steps == [1, 2, 3]
-    assert equal(snapshot(adapters), snapshot(expected)) and not equal(snapshot(adapters), start)
-    assert all("forward" not in m.__dict__ for m in host.model.modules())
-    assert all(torch.equal(v, before[k]) for k, v in host.model.state_dict().items())
-    assert all(p.grad is None for p in parameters_of(adapters))
-
-
-def break_passes(host, broken):
-    """The model's noise level becomes NaN in the passes of these numbers."""
-    sigma = host.sigma
-    passes = []
-    host.sigma = lambda u: passes.append(u) or (sigma(u) * float("nan") if len(passes) in broken else sigma(u))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-def test_a_step_without_a_finite_loss_is_skipped(dtype, caplog):
-    host, seen = ToyHost(), []
-    host.compute_dtype = dtype
-    break_passes(host, {3})
-    samples = make_samples(4)
-    adapters = adapters_of(host, LoraConfig(rank=2), moved=False)
-    progress = train(host, adapters, samples, without_caption(samples), TrainingConfig(**QUICK), lambda p: seen.append(snapshot(adapters)))
-    assert progress.done == 6 and progress.skipped == 1 and len(progress.losses) == 5
-    assert equal(seen[2], seen[1]) and not equal(seen[3], seen[2])
-    assert all(torch.isfinite(p).all() for p in seen[-1])
-    assert [r.message for r in caplog.records] == ["step 3: loss or gradient is not finite; step skipped"]
-
-
-def test_too_many_bad_steps_in_a_row_end_the_run():
-    host = ToyHost()
-    break_passes(host, set(range(3, 3 + MAX_BAD_STEPS)))
-    with pytest.raises(TrainingStopped) as stop:
-        run(host, steps=50, samples=make_samples(4))
-    assert isinstance(stop.value.__cause__, TriLoRAError) and stop.value.progress.done == 2 + MAX_BAD_STEPS - 1
-    assert f"learning_rate=0.01: loss or gradient was not finite for {MAX_BAD_STEPS} steps in a row" in str(stop.value.__cause__)
-
-
-def test_bad_steps_that_are_not_in_a_row_do_not():
-    host = ToyHost()
-    break_passes(host, set(range(2, 2 * MAX_BAD_STEPS + 4, 2)))
-    progress, _, _ = run(host, steps=2 * MAX_BAD_STEPS + 4, samples=make_samples(4))
-    assert progress.skipped == MAX_BAD_STEPS + 1 and progress.done == 2 * MAX_BAD_STEPS + 4
-
-
-def test_a_report_before_the_first_step():
-    assert Progress(5).smooth_loss != Progress(5).smooth_loss  # NaN, not an error
-    assert make_samples(1)[0].x0.shape == (1, CHANNELS, 4, 5)

@@ -12,6 +12,15 @@ from comfyui_trilora.benchmarks.world.world import UNET_PREFIX, WEIGHTS, World, 
 SCENE = scenes.Scene("circle", "red", "striped", "green", "top left")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The model is too small to share among threads, which only wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def world():
     return World.load()
@@ -204,14 +213,14 @@ def test_the_caption_helps(world, drawn):
 
 def test_samples_follow_the_seed_and_the_prompt(world):
     prompts = ["a red circle on a blue background, centre", "a green square on a white background"]
-    first = world.sample(prompts, seed=5, steps=6)
+    first = world.sample(prompts, seed=5, steps=3)
     assert first.shape == (2, 3, 32, 32) and 0 <= first.min() and first.max() <= 1
-    assert torch.equal(first, world.sample(prompts, seed=5, steps=6))
-    assert not torch.allclose(first, world.sample(prompts, seed=6, steps=6), atol=0.05)
-    swapped = world.sample(prompts[::-1], seed=5, steps=6)
+    assert torch.equal(first, world.sample(prompts, seed=5, steps=3))
+    assert not torch.allclose(first, world.sample(prompts, seed=6, steps=3), atol=0.05)
+    swapped = world.sample(prompts[::-1], seed=5, steps=3)
     assert (first - swapped).abs().mean() > 0.1
     # A picture's noise is its own, whatever the batch.
-    alone = world.sample(prompts[1:], seed=6, steps=6)
+    alone = world.sample(prompts[1:], seed=6, steps=3)
     assert torch.allclose(alone[0], first[1], atol=1e-3)
     with pytest.raises(ValueError, match="size = 31"):
         world.sample(prompts, size=31)
@@ -219,7 +228,7 @@ def test_samples_follow_the_seed_and_the_prompt(world):
 
 def test_samples_have_the_colours_asked_for(world):
     prompts = ["a red circle on a blue background, centre", "a yellow square on a black background, centre"]
-    images = world.sample(prompts, seed=1)
+    images = world.sample(prompts, seed=1, steps=8)
     middle, corner = images[:, :, 13:19, 13:19].mean((2, 3)), images[:, :, :3, :3].mean((2, 3))
     for got, name in zip(middle, ("red", "yellow"), strict=True):
         assert (got - torch.tensor(scenes.COLOURS[name])).abs().max() < 0.25

@@ -6,6 +6,8 @@ from contextlib import contextmanager, nullcontext
 import torch
 import torch.nn.functional as F
 from comfyui_trilora.training.host import Sample
+from comfyui_trilora.training.plan import build_adapters
+from comfyui_trilora.trilora_ops.registry import Method
 from torch import Tensor, nn
 
 WIDTH, CHANNELS, TEXT = 6, 3, 4
@@ -162,3 +164,31 @@ def without_caption(samples: list[Sample], length: int | None = None) -> list[Sa
         text = torch.zeros(1, length or sample.conditions.shape[1], TEXT)
         empty.append(Sample(f"{sample.name}-empty", sample.x0, text, (sample.signature[0], text.shape[1])))
     return empty
+
+
+def adapters_on(host: ToyHost, residual, target="everything", moved=0.2) -> dict:
+    """Adapters in the host's dtype; moved: how far every parameter is from its start, as after some training."""
+    adapters = build_adapters(host, Method(residual), target, seed=5)
+    draw = torch.Generator().manual_seed(6)
+    for adapter in adapters.values():
+        for parameter in adapter.to(host.dtype).parameters():
+            parameter.data += moved * torch.randn(parameter.shape, generator=draw)
+    return adapters
+
+
+def parameters_of(adapters) -> list[nn.Parameter]:
+    return [p for a in adapters.values() for p in a.parameters()]
+
+
+def snapshot(adapters) -> list[Tensor]:
+    return [p.detach().clone() for p in parameters_of(adapters)]
+
+
+def equal(one, other) -> bool:
+    """Whether two lists of tensors are the same bit by bit."""
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def overridden(model: nn.Module) -> list[str]:
+    """Names of the modules that carry a forward of their own."""
+    return [name for name, module in model.named_modules() if "forward" in module.__dict__]

@@ -10,8 +10,11 @@ STEP = 64  # pixels: 8 of the autoencoder times 8 of a U-Net's three halvings
 def bucket_size(width: int, height: int, resolution: int, step: int = STEP) -> tuple[int, int]:
     """(width, height) in pixels nearest to the image's aspect ratio with an area of at most resolution^2.
 
-    Both are multiples of `step` and at least `step`; of the sizes that fit the largest with the nearest ratio wins.
+    Both are multiples of `step` and at least `step`; of the sizes that fit the largest with the nearest ratio wins. An
+    upright image gets the size of the same image lying, turned.
     """
+    if height > width:
+        return bucket_size(height, width, resolution, step)[::-1]
     ratio = width / height
     ideal = math.sqrt(resolution * resolution * ratio)
     best = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,8 +21,8 @@ def with_trigger(caption: str | None, trigger: str) -> str:
     trigger = trigger.strip()
     if not caption:
         return trigger
-    words = {part.strip().lower() for part in caption.split(",")} | set(caption.lower().split())
-    return caption if not trigger or trigger.lower() in words else f"{trigger}, {caption}"
+    there = re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption, re.IGNORECASE)
+    return caption if not trigger or there else f"{trigger}, {caption}"
 
 
 def tag_frequency(captions: Iterable[str]) -> dict[str, int]:

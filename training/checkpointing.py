@@ -34,7 +34,7 @@ class _Recompute(torch.autograd.Function):
         with torch.enable_grad(), ctx.saved():
             # a leaf that needs a gradient may not be written in place: hand the block a copy of it
             outputs = ctx.run([t.clone() if t.requires_grad else t for t in inputs])
-        wanted = [t for t, need in zip(inputs, ctx.needs) if need] + list(ctx.parameters)
+        wanted = [t for t, need in zip(inputs, ctx.needs, strict=True) if need] + list(ctx.parameters)
         # a last block may return None for the stream that ends with it
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and o.requires_grad and g is not None]
         found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))

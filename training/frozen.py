@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from torch.autograd.function import once_differentiable
 
 _CONV_INPUT = {1: torch.nn.grad.conv1d_input, 2: torch.nn.grad.conv2d_input, 3: torch.nn.grad.conv3d_input}
 Fetch = Callable[[nn.Module, Tensor], AbstractContextManager[Tensor]]
+# On the CPU oneDNN rearranges a convolution's whole kernel on every call. Up to about this many output positions (batch
+# times space) that costs more than it gains over multiplying patches, which is what torch does without oneDNN.
+_FEW_POSITIONS = 128
 
 
 class _FrozenForward(torch.autograd.Function):
@@ -23,7 +27,8 @@ class _FrozenForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, module: nn.Module, forward: Callable, fetch: Fetch) -> Tensor:
         ctx.module, ctx.fetch, ctx.shape = module, fetch, x.shape
-        return forward(x)
+        with _fastest(module, x, _positions(module, x)):
+            return forward(x)
 
     @staticmethod
     @once_differentiable
@@ -33,7 +38,28 @@ class _FrozenForward(torch.autograd.Function):
                 return grad @ weight, None, None, None
             module = ctx.module
             convolution = _CONV_INPUT[weight.ndim - 2]
-            return convolution(ctx.shape, weight, grad, module.stride, module.padding, module.dilation, module.groups), None, None, None
+            with _fastest(module, grad, grad.shape[0] * grad.shape[2:].numel()):
+                x = convolution(ctx.shape, weight, grad, module.stride, module.padding, module.dilation, module.groups)
+            return x, None, None, None
+
+
+def _positions(module: nn.Module, x: Tensor) -> int:
+    # of the output, from the input: exact for "same" padding, which is all that matters for a choice of speed
+    return x.shape[0] * x.shape[2:].numel() // math.prod(getattr(module, "stride", ()))
+
+
+def _fastest(module: nn.Module, x: Tensor, positions: int) -> AbstractContextManager:
+    small = x.ndim == 4 and x.device.type == "cpu" and x.dtype == torch.float32 and positions <= _FEW_POSITIONS
+    return _without_onednn() if small and getattr(module, "groups", 0) == 1 else nullcontext()
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
 
 
 def can_freeze(module: nn.Module) -> bool:

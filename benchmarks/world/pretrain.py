@@ -82,8 +82,8 @@ def save_preview(world, path):
     Image.fromarray(picture_grid(images, columns=len(PREVIEW))).save(path)
 
 
-def pretrain(steps, batch, peak, pool, seed, output, preview, report=100, keep=500):
-    """Train from scratch, printing the loss.
+def pretrain(steps, stop, batch, peak, pool, seed, output, preview, report=100, keep=500):
+    """Train from scratch for ``stop`` steps of a schedule made for ``steps``, printing the loss.
 
     Writes the averaged weights to ``output`` and pictures to ``preview`` every ``keep`` steps.
     """
@@ -106,7 +106,7 @@ def pretrain(steps, batch, peak, pool, seed, output, preview, report=100, keep=5
     parameters = matrices + vectors
     averages = list(ema.parameters())
     total, started = 0.0, time.monotonic()
-    for step in range(steps):
+    for step in range(stop):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak, warmup=min(200, steps // 10 + 1))
         rows = torch.randint(pool, (batch,), generator=generator).numpy()
@@ -125,14 +125,17 @@ def pretrain(steps, batch, peak, pool, seed, output, preview, report=100, keep=5
         if (step + 1) % report == 0:
             print(f"step {step + 1} loss {total / report:.5f} seconds {time.monotonic() - started:.0f}", flush=True)
             total = 0.0
-        if (step + 1) % keep == 0 or step + 1 == steps:
+        if (step + 1) % keep == 0 or step + 1 == stop:
             ema.save(output)
             save_preview(ema, preview)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=6600)
+    parser.add_argument("--steps", type=int, default=6600, help="length of the learning rate's schedule")
+    parser.add_argument(
+        "--stop", type=int, default=4500, help="steps actually made; the bundled weights are those of 4500"
+    )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--pool", type=int, default=30000, help="number of scenes drawn beforehand")
@@ -141,8 +144,10 @@ def main():
     parser.add_argument("--output", type=Path, default=WEIGHTS)
     parser.add_argument("--preview", type=Path, required=True, help="PNG of sampled pictures")
     args = parser.parse_args()
+    if not 1 <= args.stop <= args.steps:
+        parser.error(f"--stop {args.stop}: must be 1 to --steps {args.steps}, where the schedule ends")
     torch.set_num_threads(args.threads)
-    pretrain(args.steps, args.batch, args.lr, args.pool, args.seed, args.output, args.preview)
+    pretrain(args.steps, args.stop, args.batch, args.lr, args.pool, args.seed, args.output, args.preview)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ class World(nn.Module):
         return x0_from_v(x_t, v, sigma)
 
     @torch.no_grad()
-    def sample(self, prompts, seed=0, steps=20, guidance=3.0, size=32):
+    def sample(self, prompts, seed=0, steps=20, guidance=2.0, size=32):
         """Draw pictures: (B, 3, size, size) float32 in [0, 1].
 
         Picture i starts from the noise of seed + i, whatever the batch.  steps: Euler

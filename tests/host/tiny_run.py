@@ -118,3 +118,26 @@ def sample_latents(patcher, positive, negative, shape: tuple[int, ...], steps: i
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     """Relative distance of two tensors, ‖a − b‖ / ‖b‖."""
     return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def random_dataset(types, tiny, count: int = 3, sizes: tuple[tuple[int, int], ...] = (), tokens: tuple[int, ...] = ()):
+    """TRILORA_DATASET of random latents and captions for a TinyModel; ``types`` is the pack's own nodes.types.
+
+    sizes: (H, W) of the latents in turn, default the model's own; tokens: lengths of the captions in turn, likewise.
+    """
+    _, channels, *space = tiny.latent_shape
+    (text, options), generator = tiny.conditioning[0], torch.Generator().manual_seed(5)
+    with torch.inference_mode():  # what encoders give
+
+        def caption(length: int) -> list:
+            return [[torch.randn((1, length, text.shape[2]), generator=generator), dict(options)]]
+
+        images = tuple(
+            types.EncodedImage(
+                f"{i}.png", f"caption {i}",
+                torch.randn((1, channels, *(sizes[i % len(sizes)] if sizes else space)), generator=generator),
+                caption(tokens[i % len(tokens)] if tokens else text.shape[1]),
+            )
+            for i in range(count)
+        )  # fmt: skip
+        return types.EncodedDataset(images, caption(text.shape[1]), "", {}, f"{count} images")

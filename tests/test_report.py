@@ -1,0 +1,109 @@
+"""What a run leaves to read: the smoothed loss, its picture, the text, and the file's metadata."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from comfyui_trilora.training.config import TrainingConfig
+from comfyui_trilora.training.report import describe_run, plot_loss, smooth
+from comfyui_trilora.trilora_ops.metadata import describe, fingerprint
+
+LOSSES = [1.0 / (1 + i / 10) + 0.1 * (i % 3) for i in range(60)]
+
+
+def test_smooth_is_a_weighted_mean_of_what_came_before():
+    """Weights fall by 1 - 1/span per step and sum to 1 from the first step on."""
+    for span in (2, 7, 30):
+        for step in (1, 2, 10, 60):
+            weights = np.array([(1 - 1 / span) ** (step - i) for i in range(1, step + 1)])
+            assert smooth(LOSSES, span)[step - 1] == pytest.approx(float(weights @ LOSSES[:step] / weights.sum()))
+    assert smooth([3.0] * 5, 4) == pytest.approx([3.0] * 5)
+
+
+@pytest.mark.parametrize("span", [0, 1])
+def test_a_span_of_one_smooths_nothing(span):
+    assert smooth(LOSSES, span) == LOSSES and smooth([], span) == []
+
+
+def colours(picture):
+    return {tuple(color) for color in np.asarray(picture).reshape(-1, 3)}
+
+
+@pytest.mark.parametrize("losses", [LOSSES, [0.5], [0.0, 0.0], [1e-9, 1e6]], ids=["many", "one", "zeros", "wide"])
+def test_the_plot(losses):
+    """960 x 540 RGB on white, with the moving average's blue in it."""
+    picture = plot_loss(losses, "a title")
+    assert picture.size == (960, 540) and picture.mode == "RGB"
+    pixels = np.asarray(picture)
+    assert (pixels == 255).all(-1).mean() > 0.5 and (pixels != 255).any(-1).mean() > 0.005
+    assert len(losses) == 1 or (0x1F, 0x4E, 0x8C) in colours(picture)
+
+
+def test_the_loss_on_fixed_noise_is_drawn_where_given():
+    orange = (0xD0, 0x66, 0x1F)
+    assert orange in colours(plot_loss(LOSSES, fixed=(0.9, 0.4))) and orange not in colours(plot_loss(LOSSES))
+
+
+def test_the_text():
+    assert describe_run({"method": "trilora", "skipped steps": 0}) == "method         trilora\nskipped steps  0"
+
+
+def metadata(**changes):
+    facts = {"method": "trilora", "options": {"rank": 4, "alpha": 0.0}, "plan": {"a": 4, "b": 4}, "family": "sd1", "base": "abc",
+             "training": TrainingConfig().as_dict(), "trigger": "sks", "tag_frequency": {"cat": 2}, "images": 9, "steps_done": 7}
+    return describe(**{**facts, **changes})
+
+
+REQUIRED = ("modelspec.sai_model_spec", "modelspec.implementation", "modelspec.date", "modelspec.architecture", "modelspec.trigger_phrase",
+            "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_base_model_version", "ss_learning_rate", "ss_steps", "ss_max_train_steps",
+            "ss_seed", "ss_num_train_images", "ss_tag_frequency", "ss_optimizer", "ss_lr_scheduler", "trilora.format", "trilora.version",
+            "trilora.form", "trilora.method", "trilora.plan", "trilora.options", "trilora.training", "trilora.trigger", "trilora.base_fingerprint")  # fmt: skip
+
+
+def test_metadata():
+    """All values are strings, as safetensors demands; what managers look for is there; JSON comes back as it went in."""
+    found = metadata()
+    assert all(isinstance(key, str) and isinstance(value, str) for key, value in found.items())
+    assert [key for key in REQUIRED if not found.get(key)] == []
+    assert json.loads(found["trilora.plan"]) == {"a": 4, "b": 4} and json.loads(found["trilora.options"]) == {"rank": 4, "alpha": 0.0}
+    assert TrainingConfig(**json.loads(found["trilora.training"])) == TrainingConfig()
+    assert json.loads(found["ss_tag_frequency"]) == {"train": {"cat": 2}}
+    assert found["ss_network_dim"] == "4" and found["ss_steps"] == "7" and found["ss_max_train_steps"] == "500" and found["ss_num_train_images"] == "9"
+    assert found["modelspec.architecture"] == "stable-diffusion-v1/lora" and found["modelspec.trigger_phrase"] == found["trilora.trigger"] == "sks"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", found["modelspec.date"])
+
+
+def test_metadata_of_mixed_ranks_and_other_families():
+    found = metadata(plan={"a": 4, "b": 2}, family="generic")
+    assert found["ss_network_dim"] == "Dynamic" and "modelspec.architecture" not in found and "ss_base_model_version" not in found
+    assert metadata(family="sdxl")["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+
+
+def weights():
+    draw = torch.Generator().manual_seed(0)
+    return {"b.weight": torch.randn(5, 7, generator=draw), "a.weight": torch.randn(3, 2, 2, generator=draw), "c.bias": torch.randn(4, generator=draw)}
+
+
+def test_the_fingerprint_is_stable():
+    """The same for the same weights, whatever their order, memory layout or kind of tensor; known for a known model."""
+    base = fingerprint(weights())
+    assert re.fullmatch("[0-9a-f]{64}", base) and fingerprint(dict(reversed(weights().items()))) == base
+    strided = {key: value.t().contiguous().t() if value.ndim == 2 else value for key, value in weights().items()}
+    assert fingerprint({key: torch.nn.Parameter(value) for key, value in strided.items()}) == base
+    assert fingerprint({"a": torch.arange(20.0).view(4, 5)}).startswith("f18bf17ef283e084")
+
+
+@pytest.mark.parametrize("change", ["value", "shape", "name", "missing"])
+def test_the_fingerprint_is_sensitive(change):
+    other = weights()
+    if change == "value":
+        other["a.weight"].view(-1)[3] += 1e-6
+    elif change == "shape":
+        other["b.weight"] = other["b.weight"].reshape(7, 5)
+    elif change == "name":
+        other["d.bias"] = other.pop("c.bias")
+    else:
+        del other["c.bias"]
+    assert fingerprint(other) != fingerprint(weights())

@@ -1,0 +1,133 @@
+"""The example workflows as files, and the list of nodes beside them; needs no ComfyUI."""
+
+import json
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "workflows"
+FILES = sorted(FOLDER.glob("*.json"))
+OURS = json.loads((ROOT / "node_list.json").read_text(encoding="utf-8"))
+# The front end's own widgets of a node: values that belong to no input.
+CORE = {
+    "CheckpointLoaderSimple": 0, "CLIPTextEncode": 0, "EmptyLatentImage": 0, "KSampler": 1, "VAEDecode": 0, "PreviewImage": 0,
+    "SaveImage": 0, "PreviewAny": 0, "PrimitiveInt": 1, "PrimitiveStringMultiline": 0, "MarkdownNote": 1,
+}  # fmt: skip
+# All of these are looked for by the host, but it serves the pictures of one only.
+EXAMPLE_FOLDERS = ("example_workflows", "example", "examples", "workflow", "workflows")
+TITLE = 30  # height of a node's title, which stands above its position
+
+
+@pytest.fixture(params=FILES, ids=lambda path: path.stem)
+def saved(request) -> dict:
+    return json.loads(request.param.read_text(encoding="utf-8"))
+
+
+def by_id(saved: dict) -> dict[int, dict]:
+    return {node["id"]: node for node in saved["nodes"]}
+
+
+def titled(saved: dict, title: str) -> dict:
+    (node,) = [node for node in saved["nodes"] if node.get("title") == title]
+    return node
+
+
+def source(saved: dict, node: dict, name: str) -> tuple[int, int] | None:
+    """(node id, output slot) of what feeds an input."""
+    (entry,) = [entry for entry in node["inputs"] if entry["name"] == name]
+    return next(((link[1], link[2]) for link in saved["links"] if link[0] == entry["link"]), None)
+
+
+def test_there_is_one_folder_of_examples_with_a_picture_for_each():
+    assert [name for name in EXAMPLE_FOLDERS if (ROOT / name).is_dir()] == ["workflows"]
+    assert {path.stem for path in FILES} == {"train_trilora", "apply_trilora"}
+    pictures = {path.stem for path in FOLDER.glob("*.jpg")}
+    assert pictures == {path.stem for path in FILES}
+    assert {path.suffix for path in FOLDER.iterdir()} == {".json", ".jpg"}
+    for path in FOLDER.glob("*.jpg"):
+        assert path.read_bytes()[:3] == b"\xff\xd8\xff" and path.stat().st_size < 300_000, path.name
+
+
+def test_every_node_is_ours_or_one_of_a_few_core_nodes(saved):
+    assert {node["type"] for node in saved["nodes"]} <= set(OURS) | set(CORE)
+    assert all(node["mode"] == 0 for node in saved["nodes"]), "nothing is muted or bypassed"
+    for node in saved["nodes"]:
+        if node["type"] != "MarkdownNote":
+            assert node["properties"]["cnr_id"] == ("trilora" if node["type"] in OURS else "comfy-core")
+
+
+def test_links_and_slots_tell_the_same(saved):
+    nodes, links = by_id(saved), {link[0]: link for link in saved["links"]}
+    assert len(nodes) == len(saved["nodes"]) and max(nodes) <= saved["last_node_id"]
+    assert len(links) == len(saved["links"]) and max(links) <= saved["last_link_id"]
+    for link, origin, out, target, into, kind in links.values():
+        start, end = nodes[origin]["outputs"][out], nodes[target]["inputs"][into]
+        assert link in start["links"] and end["link"] == link
+        assert kind in (start["type"], end["type"]) and end["type"] in (start["type"], "*")
+        assert nodes[origin]["order"] < nodes[target]["order"]
+    ends = [(entry["link"], node["id"], slot) for node in nodes.values() for slot, entry in enumerate(node["inputs"])]
+    assert {end for end in ends if end[0] is not None} == {(link[0], link[3], link[4]) for link in links.values()}
+    starts = [(link, n["id"], slot) for n in nodes.values() for slot, o in enumerate(n["outputs"]) for link in o["links"] or ()]
+    assert sorted(starts) == sorted((link[0], link[1], link[2]) for link in links.values())
+
+
+def test_every_widget_has_a_value(saved):
+    for node in saved["nodes"]:
+        widgets = [entry for entry in node["inputs"] if "widget" in entry]
+        assert len(node.get("widgets_values", [])) == len(widgets) + CORE.get(node["type"], 0), node["type"]
+        assert all(entry["widget"]["name"] == entry["name"] for entry in widgets)
+
+
+def test_nodes_stand_apart_and_inside_titled_groups(saved):
+    def box(node):
+        (x, y), (width, height) = node["pos"], node["size"]
+        return x, y - TITLE, x + width, y + height
+
+    for one, other in combinations(saved["nodes"], 2):
+        (a, b, c, d), (e, f, g, h) = box(one), box(other)
+        assert c <= e or g <= a or d <= f or h <= b, f"{one['id']} and {other['id']} overlap"
+    for node in saved["nodes"]:
+        a, b, c, d = box(node)
+        inside = [
+            group for group in saved["groups"]
+            for x, y, width, height in [group["bounding"]]
+            if x <= a and y <= b and c <= x + width and d <= y + height
+        ]  # fmt: skip
+        assert (len(inside) == 1 and inside[0]["title"]) if node["type"] != "MarkdownNote" else not inside, node["id"]
+
+
+def test_links_run_from_left_to_right_or_downwards(saved):
+    nodes = by_id(saved)
+    for _, origin, _, target, _, _ in saved["links"]:
+        (x, y), (u, v) = nodes[origin]["pos"], nodes[target]["pos"]
+        assert x < u or (x == u and y < v), f"{origin} -> {target}"
+
+
+def test_both_pictures_differ_by_the_adapter_alone(saved):
+    plain, adapted = titled(saved, "Sample without the adapter"), titled(saved, "Sample with the adapter")
+    assert plain["widgets_values"] == adapted["widgets_values"]
+    for name in ("seed", "latent_image"):
+        assert source(saved, plain, name) == source(saved, adapted, name) is not None
+    nodes = by_id(saved)
+    for name in ("positive", "negative"):
+        one, other = (nodes[source(saved, sampler, name)[0]] for sampler in (plain, adapted))
+        texts = [source(saved, node, "text") for node in (one, other)]
+        assert one is other or texts[0] == texts[1] is not None
+    assert nodes[source(saved, plain, "model")[0]]["type"] == "CheckpointLoaderSimple"
+    assert nodes[source(saved, adapted, "model")[0]]["type"] in OURS
+
+
+def test_the_prompt_uses_the_trigger():
+    training, applying = (json.loads((FOLDER / f"{name}_trilora.json").read_text(encoding="utf-8")) for name in ("train", "apply"))
+    (dataset,) = [node for node in training["nodes"] if node["type"] == "TriLoRATrainingDataset"]
+    trigger = dataset["widgets_values"][1]
+    assert trigger and all(trigger in titled(saved, "Prompt")["widgets_values"][0] for saved in (training, applying))
+
+
+def test_every_node_has_a_help_page_and_no_page_is_left_over():
+    pages = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "web" / "docs").iterdir()}
+    assert set(pages) == set(OURS)
+    for name, text in pages.items():
+        assert text.startswith("# ") and "## Inputs" in text and "## Common mistakes" in text and "## Example" in text, name
