@@ -73,19 +73,22 @@ def patches_from_state(state: AdapterState, model, clip, name: str, keep: int = 
     patches, other_kinds = {}, 0
     for target, patch in loaded.items():
         _check_shape(name, target, patch, shapes)
-        if type(patch) is LoRAAdapter:
-            patch = _own_patch(patch, keep)
-        elif keep:
+        if keep and not _is_low_rank(patch):
             other_kinds += 1
-        patches[target] = patch
+        patches[target] = _own_patch(patch, keep) if type(patch) is LoRAAdapter else patch
     if other_kinds:
         log.warning("%s: keep_rank left %d layers alone that are not low-rank", name, other_kinds)
     return Patches(patches, len(tensors) - len(unmatched), unmatched)
 
 
+def _is_low_rank(patch) -> bool:
+    # a Tucker core or DoRA's magnitudes make it more than up * down
+    return type(patch) is LoRAAdapter and patch.weights[3] is None and patch.weights[4] is None
+
+
 def _own_patch(patch: LoRAAdapter, keep: int) -> LowRankPatch:
     up, down, alpha, mid, dora_scale, reshape = patch.weights
-    if keep and mid is None and dora_scale is None:
+    if keep and _is_low_rank(patch):
         pair = LowRank(up.flatten(1), down.flatten(1), 1.0 if alpha is None else alpha / down.shape[0])
         if keep < pair.rank:
             pair = keep_rank(pair if is_canonical(pair) else canonicalise(pair), keep)

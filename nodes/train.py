@@ -100,9 +100,8 @@ class TrainAdapter(io.ComfyNode):
         with torch.inference_mode(False):
             state, progress, report, fixed = run(ComfyHost(model), dataset, method, settings, target, cls.hidden.unique_id)
             adapted, _ = apply_state(state, model, None, "the trained adapter", 1.0, 0.0)
-        picture = plot_loss(progress.losses, f"{method.name}: {progress.done} steps", fixed) if progress.losses else None
-        shown = None if picture is None else ui.PreviewImage(torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255.0)[None], cls=cls)
-        return io.NodeOutput(adapted, state, {"loss": progress.losses}, report, ui=shown)
+        picture = _picture(cls, progress.losses, f"{method.name}: {progress.done} steps", fixed) if progress.losses else None
+        return io.NodeOutput(adapted, state, {"loss": progress.losses}, report, ui=picture)
 
 
 def run(host: ComfyHost, dataset: EncodedDataset, method, settings: TrainingConfig, target: str, node_id: str | None):
@@ -121,6 +120,11 @@ def run(host: ComfyHost, dataset: EncodedDataset, method, settings: TrainingConf
         before = evaluate(host, adapters, samples, settings)
         try:
             progress = train(host, adapters, samples, empty, settings, _reporter(settings.steps, node_id))
+            compat.show_text("measuring the loss after training", node_id)
+            try:
+                after = evaluate(host, adapters, samples, settings)
+            except BaseException as reason:  # the host's interrupt is not an Exception
+                raise TrainingStopped(progress) from reason
         except TrainingStopped as stop:
             if stop.progress.done:
                 state = _export(host, adapters, dataset, method, settings, stop.progress)
@@ -128,8 +132,6 @@ def run(host: ComfyHost, dataset: EncodedDataset, method, settings: TrainingConf
                 log.warning("%s; what was learned is in %s", stop, path)
                 compat.show_text(f"stopped after {stop.progress.done} of {settings.steps} steps; saved as\n{path}", node_id)
             raise stop.__cause__ from None
-        compat.show_text("measuring the loss after training", node_id)
-        after = evaluate(host, adapters, samples, settings)
         state = _export(host, adapters, dataset, method, settings, progress)
         state.metadata["trilora.result"] = json.dumps({"loss_before": before, "loss_after": after})
     seconds = time.perf_counter() - started
@@ -144,6 +146,15 @@ def run(host: ComfyHost, dataset: EncodedDataset, method, settings: TrainingConf
     log.info("training done\n%s", report)
     compat.show_text(f"{progress.done} steps in {_duration(seconds)} · loss on fixed noise {before:.4f} before, {after:.4f} after", node_id)
     return state, progress, report, (before, after)
+
+
+def _picture(node, losses: list[float], title: str, fixed: tuple[float, float]) -> ui.PreviewImage | None:
+    try:
+        pixels = np.asarray(plot_loss(losses, title, fixed), dtype=np.float32) / 255.0
+        return ui.PreviewImage(torch.from_numpy(pixels)[None], cls=node)
+    except Exception as error:  # a broken plotting library or a full disk must not cost the adapter
+        log.warning("the loss curve could not be drawn (%s); the adapter is complete", error)
+        return None
 
 
 def _export(host: ComfyHost, adapters, dataset: EncodedDataset, method, settings: TrainingConfig, progress: Progress) -> AdapterState:

@@ -17,7 +17,7 @@ def draw(*shape, seed=0):
 @pytest.mark.parametrize("gamma", [0.0, 5.0, 1.0], ids=["plain", "gamma-5", "gamma-1"])
 @pytest.mark.parametrize("prediction", SIGMA)
 def test_the_loss_is_the_classical_one(prediction, gamma):
-    """Weighted squared error of x0 = squared error of eps, v or velocity, with min-SNR's weights for eps and v."""
+    """Weighted squared error of x0 = squared error of eps, v or velocity, with the capped weights of eps and v."""
     sigma = torch.tensor(SIGMA[prediction], dtype=torch.float64)
     x0, noise, raw = draw(5, 3, 4, 6), draw(5, 3, 4, 6, seed=1), draw(5, 3, 4, 6, seed=2)
     host = ToyHost(prediction)
@@ -39,7 +39,8 @@ def test_edm_weight():
     estimate = skip * (x0 + s * noise) + out * raw
     found = loss_weight("v", sigma, data).double() * (estimate - x0).square().flatten(1).mean(1)
     torch.testing.assert_close(found, (raw - target).square().flatten(1).mean(1), rtol=1e-5, atol=0)
-    torch.testing.assert_close(loss_weight("v", sigma, data, 5.0).double(), (data / sigma).square().clamp_max(5.0), rtol=1e-6, atol=0)
+    capped = (1 + (data / sigma).square()).clamp_max(5.0) / data**2
+    torch.testing.assert_close(loss_weight("v", sigma, data, 5.0).double(), capped, rtol=1e-6, atol=0)
 
 
 def test_weights_of_plain_x0():

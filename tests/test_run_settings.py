@@ -82,6 +82,13 @@ def test_batches_are_seeded():
     assert one == two != other
 
 
+def test_signatures_are_mixed_within_an_epoch():
+    """Neither size is seen all at once: the batches of an epoch come in random order too."""
+    samples = make_samples(16, sizes=((4, 5), (3, 2)))
+    epoch = [samples[i].signature for (i,) in islice(batches(samples, 1, torch.Generator().manual_seed(3)), 16)]
+    assert sum(epoch[i] != epoch[i + 1] for i in range(15)) > 3
+
+
 def test_by_signature_keeps_order():
     samples = make_samples(6, lengths=(2, 3, 2))
     assert by_signature(samples) == [[0, 2, 3, 5], [1, 4]]

@@ -119,17 +119,18 @@ class ToyHost:
 
 
 def book_loss(prediction: str, raw: Tensor, x0: Tensor, noise: Tensor, sigma: Tensor, gamma: float = 0.0) -> Tensor:
-    """(B,) mean squared error of what the model predicts, with min-SNR's published weights where gamma is given.
+    """(B,) mean squared error of what the model predicts, with the cap of the signal-to-noise weight where gamma is given.
 
     eps: the noise. v = alpha * noise - s * x0 of the variance-preserving form (alpha = 1/sqrt(1+sigma^2), s = sigma * alpha).
-    flow: noise - x0. min-SNR: min(SNR, gamma) / SNR for eps, min(SNR, gamma) / (SNR + 1) for v.
+    flow: noise - x0. Capped: min(SNR, gamma) / SNR for eps (min-SNR as published), min(SNR + 1, gamma) / (SNR + 1) for v.
     """
     s = sigma.view(-1, 1, 1, 1)
     target = {"eps": noise, "v": (noise - s * x0) / (1 + s * s).sqrt(), "flow": noise - x0}[prediction]
     snr = sigma**-2.0
     weight = torch.ones_like(sigma)
     if gamma and prediction != "flow":
-        weight = snr.clamp_max(gamma) / (snr if prediction == "eps" else snr + 1)
+        plain = snr if prediction == "eps" else snr + 1
+        weight = plain.clamp_max(gamma) / plain
     return weight * F.mse_loss(raw, target, reduction="none").flatten(1).mean(1)
 
 

@@ -21,7 +21,7 @@ class TrainingConfig:
     grad_clip: largest global gradient norm, 0 = off.
     timesteps: how u is drawn: "uniform", "logit_normal" (sigmoid of a unit normal), or "auto" = logit_normal for flow
         models and uniform for the others. min_snr_gamma: cap of the signal-to-noise weight for eps and v models
-        (arXiv:2303.09556), 0 = off. caption_dropout: share of samples trained with the empty prompt.
+        (`objective.loss_weight`), 0 = off. caption_dropout: share of samples trained with the empty prompt.
     seed: of every draw. checkpointing: recompute blocks in the backward pass (less memory, more time).
     """
 

@@ -22,15 +22,15 @@ WEIGHTS = {
 def loss_weight(prediction: str, sigma: Tensor, sigma_data: float = 1.0, min_snr_gamma: float = 0.0) -> Tensor:
     """Weight of the x0 error, (B,), fp32.
 
-    sigma: (B,) noise levels > 0. min_snr_gamma > 0 replaces the weight of eps and v models by min(SNR, gamma) with
-    SNR = (sigma_data / sigma)^2, which is min-SNR (arXiv:2303.09556) for both when written in x0 space.
+    sigma: (B,) noise levels > 0. min_snr_gamma > 0 caps the weight of eps and v models. For eps it is min(SNR, gamma),
+    SNR = (sigma_data / sigma)^2: min-SNR (arXiv:2303.09556) written in x0 space. For v it is min(SNR + 1, gamma), which
+    keeps the weight of 1 that v models give to pure noise; the paper's min(SNR, gamma) lets it vanish there, and with it
+    what decides a picture's overall look (measured on the small world: twice the distance to a style).
     """
     if prediction not in WEIGHTS:
         raise TriLoRAError(f"prediction={prediction!r}: this kind of model cannot be trained yet; use an eps, v or flow model")
-    sigma = sigma.float()
-    if min_snr_gamma > 0 and prediction in ("eps", "v"):
-        return (sigma_data / sigma).square().clamp_max(min_snr_gamma)
-    return WEIGHTS[prediction](sigma, sigma_data)
+    weight = WEIGHTS[prediction](sigma.float(), sigma_data)
+    return weight.clamp_max(min_snr_gamma / sigma_data**2) if min_snr_gamma > 0 and prediction in ("eps", "v") else weight
 
 
 def x0_loss(estimate: Tensor, x0: Tensor, weight: Tensor) -> Tensor:

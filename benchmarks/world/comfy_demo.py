@@ -168,7 +168,7 @@ def _choose(prompt: dict, checkpoint: str | None, text: str, seed: int) -> None:
     side = 128 if checkpoint is None else 256
     _set(prompt, "EmptyLatentImage", width=side, height=side)
     if checkpoint is None:
-        _set(prompt, "KSampler", steps=20, cfg=3.0, sampler_name="euler", scheduler="normal")
+        _set(prompt, "KSampler", steps=20, cfg=2.0, sampler_name="euler", scheduler="normal")
 
 
 def _set(prompt: dict, kind: str, **values) -> None:

@@ -22,14 +22,18 @@ class Trainee:
         self.deep = self.tiny.patcher.model.diffusion_model.joint_blocks[1].x_block.mlp.fc1
         self.dataset = random_dataset(pack_module("nodes.types"), self.tiny)
         self.before = weights_hash(self.tiny.patcher)
-        self.done = 0
+        self.done = 0  # finished steps of the run under way
 
     def run(self, steps: int = STEPS, checkpointing: bool = False, on_step=lambda done: None):
-        """The node's run; ``on_step`` is called by the host's progress bar after every finished step."""
+        """The node's run; ``on_step`` hears of every finished step, as the host's progress bar does (it drops some)."""
 
-        def hook(done, total, preview, node_id=None):
-            self.done = done
-            on_step(done)
+        class Bar:
+            def __init__(bar, total, *_):
+                self.done = 0
+
+            def update_absolute(bar, done, *_):
+                self.done = done
+                on_step(done)
 
         config = self.pack_module("training.config").TrainingConfig(
             steps=steps, learning_rate=1e-3, schedule="constant", warmup=0.0, checkpointing=checkpointing
@@ -37,11 +41,9 @@ class Trainee:
         lora = self.pack_module("trilora_ops.residuals.lora").LoraConfig(rank=2)
         method = self.pack_module("trilora_ops.registry").Method(lora)
         host = self.pack_module("nodes.comfy_host").ComfyHost(self.tiny.patcher)
-        comfy.utils.set_progress_bar_global_hook(hook)
-        try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(comfy.utils, "ProgressBar", Bar)
             return self.pack_module("nodes.train").run(host, self.dataset, method, config, "linear", None)
-        finally:
-            comfy.utils.set_progress_bar_global_hook(None)
 
     def assert_untouched(self):
         """Weights, forwards, flags as they were before."""
@@ -101,7 +103,7 @@ def disturb(trainee, where: str, after: int):
 @pytest.mark.parametrize("where", ["between steps", "in the forward pass", "in a recomputed block", "inside autograd"])
 def test_an_interrupted_run_saves_what_was_learned(trainee, learned, new_files, pack_module, where):
     """Wherever it strikes after step 2, the file holds exactly the adapter of the steps that were finished."""
-    trainee.done, handle = 0, None
+    handle = None
     if where == "between steps":
         action = {"on_step": lambda done: interrupt() if done == 2 else None}
     else:
@@ -115,7 +117,7 @@ def test_an_interrupted_run_saves_what_was_learned(trainee, learned, new_files, 
     done = 2 if POLLS_IN_OPERATIONS or where in ("between steps", "inside autograd") else 3
     trainee.assert_untouched()
     (file,) = new_files()
-    assert file.name == f"trilora_stopped_at_{done}_00001_.safetensors" or file.name.startswith(f"trilora_stopped_at_{done}_")
+    assert file.name.startswith(f"trilora_stopped_at_{done}_0")
     saved, expected = pack_module("trilora_ops.checkpoint").read_adapter(file), learned(done)
     assert saved.metadata["trilora.steps"] == str(done)
     assert saved.keys() == expected.keys()
@@ -125,7 +127,7 @@ def test_an_interrupted_run_saves_what_was_learned(trainee, learned, new_files, 
 
 @pytest.mark.parametrize("where", ["before the run", "in the first step"])
 def test_an_interrupt_before_the_first_finished_step_writes_no_file(trainee, new_files, where):
-    trainee.done, handle = 0, None
+    handle = None
     if where == "before the run":
         interrupt()
     else:
@@ -142,7 +144,6 @@ def test_an_interrupt_before_the_first_finished_step_writes_no_file(trainee, new
 
 def test_an_interrupt_after_the_last_step_loses_nothing(trainee, learned, new_files, pack_module):
     """The loss is measured once more after training: an interrupt there must not throw the trained adapter away."""
-    trainee.done = 0
     learned(2)
     try:
         trainee.run(steps=2, on_step=lambda done: interrupt() if done == 2 else None)
@@ -158,7 +159,6 @@ def test_an_interrupt_after_the_last_step_loses_nothing(trainee, learned, new_fi
 
 def test_a_failure_saves_what_was_learned_too(trainee, learned, new_files, pack_module):
     """Out of memory, a full disk for the preview, a bug: the work of finished steps is kept, and the reason comes out."""
-    trainee.done = 0
 
     def fail(done):
         if done == 2:
