@@ -56,6 +56,14 @@ def test_large_matrices(name, tall, bases, monkeypatch):
     assert torch.equal(top_singular_values(matrix, COUNT, generator()), found)
 
 
+def test_a_gpus_stream_is_not_restarted(monkeypatch):
+    """A matrix on the CPU leaves the other devices' random state alone."""
+    restarted = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", restarted.append)
+    top_singular_values(torch.randn(300, 280, generator=generator(4)), 4, generator())
+    assert restarted == []
+
+
 @pytest.mark.parametrize(
     ("shape", "count"),
     [((5, 9), 3), ((256, 300), 16), ((300, 20), 20), ((11, 7), 7), ((300, 270), 130)],

@@ -47,5 +47,6 @@ def _randomised(matrix: Tensor, count: int, iterations: int, seed: int) -> Tenso
     # svd_lowrank draws from the global generator: fork it, so that the caller's stream and ours stay apart
     devices = [matrix.device] if matrix.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        # torch.manual_seed would start every GPU's stream anew as well
+        (torch.default_generator.manual_seed if matrix.device.type == "cpu" else torch.manual_seed)(seed)
         return torch.svd_lowrank(matrix, q=count + OVERSAMPLE, niter=iterations)[1][:count]

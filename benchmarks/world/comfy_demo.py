@@ -99,14 +99,15 @@ class Host:
             setter(str(output / folder))
         folder_paths.add_model_folder_path("loras", str(output / "loras"))
         self._folders, self._nodes, self._execution = folder_paths, nodes, execution
-        asyncio.run(self._start(server))
+        self._loop = asyncio.new_event_loop()  # the server queues messages on it, so it must stay open
+        self._loop.run_until_complete(self._start(server))
         from .comfy_world import WorldLoader
 
         nodes.NODE_CLASS_MAPPINGS[WorldLoader.NODE_ID] = WorldLoader
 
     async def _start(self, server) -> None:
         # some of the host's nodes ask for the server's instance while being imported; nothing listens
-        self._server = server.PromptServer(asyncio.get_running_loop())
+        self._server = server.PromptServer(self._loop)
         await self._nodes.init_public_apis()
         await self._nodes.init_builtin_extra_nodes()
         if not await self._nodes.load_custom_node(str(ROOT)):
@@ -125,7 +126,7 @@ class Host:
 
     def execute(self, prompt: dict) -> dict:
         """Run a prompt as the server does; returns what its output nodes show. Raises TriLoRAError with the node's message."""
-        valid, error, outputs, node_errors = asyncio.run(self._execution.validate_prompt("demo", prompt, None))
+        valid, error, outputs, node_errors = self._loop.run_until_complete(self._execution.validate_prompt("demo", prompt, None))
         if not valid:
             raise TriLoRAError(f"workflow: {error['message']}: {json.dumps(node_errors, default=str)[:500]}")
         self._executor.execute(prompt, "demo", {}, outputs)
