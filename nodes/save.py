@@ -56,12 +56,14 @@ def save_state(state: AdapterState, name: str, dtype: torch.dtype) -> str:
 
     Raises TriLoRAError for a name that leads elsewhere or values the dtype cannot hold; then nothing is written.
     """
-    root = os.path.join(folder_paths.get_output_directory(), "loras")
-    if not name.strip() or os.path.commonpath([root, os.path.abspath(os.path.join(root, name))]) != root:
+    root = os.path.abspath(os.path.join(folder_paths.get_output_directory(), "loras"))
+    path = os.path.abspath(os.path.join(root, name.strip()))
+    if not path.startswith(root + os.sep):  # the folder itself is not a file name either
         raise TriLoRAError(f"name={name!r}: must be a file name, which may have subfolders inside output/loras; remove '..' and leading slashes")
+    prefix = os.path.join("loras", os.path.relpath(path, root))
     with torch.inference_mode(False):
         state = canonical_state(state)
-    folder, stem, counter, _, _ = folder_paths.get_save_image_path(os.path.join("loras", name), folder_paths.get_output_directory())
+    folder, stem, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
     title = {"modelspec.title": stem, "ss_output_name": stem} if state.metadata else {}
     path = write_adapter(os.path.join(folder, f"{stem}_{counter:05}_.safetensors"), AdapterState(state, {**title, **state.metadata}), dtype)
     log.info("saved %s", path)

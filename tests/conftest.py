@@ -40,7 +40,10 @@ if not points_here(PACKAGE):
 
 @pytest.fixture(autouse=True)
 def fixed_seed() -> int:
-    """Seeds Python, numpy and torch before each test, so that no test depends on which ran before it."""
+    """Seeds Python, numpy and torch before each test, so that no test depends on which ran before it.
+
+    One thread: the tests' tensors are too small to share, and threads that wait for each other cost five times the time.
+    """
     random.seed(SEED)
     try:
         import numpy
@@ -49,4 +52,5 @@ def fixed_seed() -> int:
         return SEED
     numpy.random.seed(SEED % 2**32)
     torch.manual_seed(SEED)
+    torch.set_num_threads(1)
     return SEED

@@ -82,8 +82,8 @@ def _open(path: Path) -> Image.Image:
     try:
         image = Image.open(path)
         image.load()
-    except Exception as error:  # Pillow raises a dozen kinds for broken files
-        raise TriLoRAError(f"{path.name}: cannot be read as an image ({error}); replace or remove it") from error
+    except Exception as error:  # Pillow raises a dozen kinds for broken files, with the whole path in their words
+        raise TriLoRAError(f"{path.name}: cannot be read as an image ({type(error).__name__}); replace or remove it") from error
     return image
 
 

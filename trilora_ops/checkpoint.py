@@ -137,6 +137,9 @@ def write_adapter(path: str | os.PathLike, state: AdapterState, dtype: torch.dty
     os.close(handle)
     try:
         save_file(tensors, partial, metadata=dict(state.metadata))
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(partial, 0o666 & ~umask)  # a temporary file is the owner's alone; an adapter is as readable as any file
         os.replace(partial, path)
     except BaseException:
         Path(partial).unlink(missing_ok=True)

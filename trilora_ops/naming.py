@@ -72,11 +72,11 @@ def _diffusers_path(path: str, layout: UNetLayout) -> str:
             return f"{parent}.downsamplers.0.conv"
         if rest == "conv":
             return f"{parent}.upsamplers.0.conv"
-        return f"{parent}.resnets.{index}.{_RESNET[rest]}" if slot == 0 else f"{parent}.attentions.{index}.{rest}"
+        return f"{parent}.resnets.{index}.{_RESNET.get(rest, rest)}" if slot == 0 else f"{parent}.attentions.{index}.{rest}"
     match = re.match(r"middle_block\.(\d+)\.(.+)", path)
     if match:
         slot, rest = int(match[1]), match[2]
-        return f"mid_block.attentions.0.{rest}" if slot == 1 else f"mid_block.resnets.{slot // 2}.{_RESNET[rest]}"
+        return f"mid_block.attentions.0.{rest}" if slot == 1 else f"mid_block.resnets.{slot // 2}.{_RESNET.get(rest, rest)}"
     return path  # diffusers has no name for it (an unCLIP label_emb): every loader also knows the original one
 
 

@@ -259,6 +259,6 @@ def test_a_name_with_subfolders_is_fine(host_nodes, pack_module):
     """Not bad input: people sort their adapters into folders, and the loader lists the file with its folder."""
     adapter = pack_module("trilora_ops.checkpoint").AdapterState(layer(QUERY, 128, 128))
     list_saved_adapters()
-    names = [run_node(host_nodes, "TriLoRASaveAdapter", adapter=adapter, name="people/me")[0] for _ in range(2)]
-    assert [name.replace("\\", "/") for name in names] == ["people/me_00001_.safetensors", "people/me_00002_.safetensors"]
+    names = [run_node(host_nodes, "TriLoRASaveAdapter", adapter=adapter, name=name)[0] for name in ("people/me", "people/./me/", " people/me ")]
+    assert [name.replace("\\", "/") for name in names] == [f"people/me_0000{i}_.safetensors" for i in (1, 2, 3)]
     assert set(names) <= set(folder_paths.get_filename_list("loras"))
