@@ -104,7 +104,7 @@ def folder_path(folder: str) -> Path:
     """The folder inside the input folder. Raises TriLoRAError for a name that leads outside or to nothing."""
     root = os.path.abspath(folder_paths.get_input_directory())
     path = os.path.abspath(os.path.join(root, folder))
-    if not folder or os.path.commonpath([root, path]) != root or path == root:
+    if not path.startswith(root + os.sep):
         raise TriLoRAError(f"folder={folder!r}: must be a subfolder of ComfyUI's input folder; choose one from the list")
     if not os.path.isdir(path):
         raise TriLoRAError(f"folder={folder!r}: there is no such folder in ComfyUI's input folder; create it, put images in, and reload the page")
