@@ -107,5 +107,5 @@ def folder_path(folder: str) -> Path:
     if not path.startswith(root + os.sep):
         raise TriLoRAError(f"folder={folder!r}: must be a subfolder of ComfyUI's input folder; choose one from the list")
     if not os.path.isdir(path):
-        raise TriLoRAError(f"folder={folder!r}: there is no such folder in ComfyUI's input folder; create it, put images in, and reload the page")
+        raise TriLoRAError(f"folder={folder!r}: there is no such folder in ComfyUI's input folder; create it, put images in, and press R")
     return Path(path)

@@ -24,7 +24,7 @@ def plot_loss(losses: Sequence[float], title: str = "", fixed: tuple[float, floa
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.6, 5.4), dpi=100, layout="constrained")
+    figure = Figure(figsize=(6.4, 3.6), dpi=150, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     steps = range(1, len(losses) + 1)
