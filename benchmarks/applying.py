@@ -99,8 +99,8 @@ def turns(sides: dict[str, Side], runs: int) -> dict[str, tuple[list[float], lis
 def row(times: dict, peaks: dict, first: list[str]) -> list[str]:
     """One line of the table."""
     cells = list(first)
-    total = {name: [a + b for a, b in zip(*pair)] for name, pair in times.items()}
-    for mine, theirs in zip((*times["ours"], total["ours"]), (*times["peer"], total["peer"])):
+    total = {name: [a + b for a, b in zip(*pair, strict=True)] for name, pair in times.items()}
+    for mine, theirs in zip((*times["ours"], total["ours"]), (*times["peer"], total["peer"]), strict=True):
         cells.append(f"{measure.median(mine):.2f} / {measure.median(theirs):.2f} s")
     cells.append(f"**{measure.ratio(total['ours'], total['peer']):.2f}**")
     return [*cells, f"{peaks['ours'] / MIB:.0f} / {peaks['peer'] / MIB:.0f} MiB"]

@@ -162,7 +162,7 @@ def median(times: Sequence[float]) -> float:
 
 def ratio(ours: Sequence[float], peer: Sequence[float]) -> float:
     """Median of the ratios ours_i / peer_i of runs made one after the other (unitless, below 1 = ours is faster)."""
-    return statistics.median(a / b for a, b in zip(ours, peer))
+    return statistics.median(a / b for a, b in zip(ours, peer, strict=True))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -123,8 +123,8 @@ class ComfyHost:
         """Which names files of this model carry; see `trilora_ops.naming`."""
         if isinstance(self.model, comfy.model_base.SDXL):
             return "sdxl"
-        config = self.model.model_config
-        return "sd1" if isinstance(config, (comfy.supported_models.SD15, comfy.supported_models.SD20)) else "generic"
+        known = {"sd2": comfy.supported_models.SD20, "sd1": comfy.supported_models.SD15}
+        return next((name for name, config in known.items() if isinstance(self.model.model_config, config)), "generic")
 
     def fingerprint(self) -> str:
         """Identity of the base model's weights."""
@@ -140,7 +140,7 @@ def _fused_attention(attention, *args, **kwargs) -> Tensor:
 def _prediction(sampling) -> str:
     # the order matters: the host's classes inherit from each other
     for kind, prediction in (("IMG_TO_IMG_FLOW", ""), ("IMG_TO_IMG", ""), ("COSMOS_RFLOW", ""), ("V_PREDICTION_DDPM", ""),
-                             ("V_PREDICTION", "v"), ("CONST", "flow"), ("X0", "x0"), ("EPS", "eps")):
+                             ("X0", ""), ("V_PREDICTION", "v"), ("CONST", "flow"), ("EPS", "eps")):
         if isinstance(sampling, getattr(comfy.model_sampling, kind, ())):
             if prediction:
                 return prediction
@@ -151,6 +151,8 @@ def _prediction(sampling) -> str:
 def _is_layer(module: nn.Module) -> bool:
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return True
+    if getattr(module, "pre_quant_scale", None) is not None:  # it scales its input too, which a backward pass would need
+        return False
     return hasattr(module, "in_features") and hasattr(module, "out_features") and getattr(module, "weight", None) is not None
 
 

@@ -45,7 +45,6 @@ class Patches:
     """Patches by the host's target key, and what became of the file's keys."""
 
     by_target: dict
-    matched: int
     unmatched: tuple[str, ...]
 
 
@@ -78,7 +77,7 @@ def patches_from_state(state: AdapterState, model, clip, name: str, keep: int = 
         patches[target] = _own_patch(patch, keep) if type(patch) is LoRAAdapter else patch
     if other_kinds:
         log.warning("%s: keep_rank left %d layers alone that are not low-rank", name, other_kinds)
-    return Patches(patches, len(tensors) - len(unmatched), unmatched)
+    return Patches(patches, unmatched)
 
 
 def _is_low_rank(patch) -> bool:
@@ -115,9 +114,10 @@ def _is_matched(key: str, names: Mapping) -> bool:
 
 
 def _target_shapes(model, clip) -> dict[str, torch.Size]:
-    shapes = {key: tensor.shape for key, tensor in model.model.state_dict().items()}
+    # parameters, not the state dict: a quantised layer's state dict holds its packed storage
+    shapes = {key: tensor.shape for key, tensor in model.model.named_parameters(remove_duplicate=False)}
     if clip is not None:
-        shapes |= {key: tensor.shape for key, tensor in clip.cond_stage_model.state_dict().items()}
+        shapes |= {key: tensor.shape for key, tensor in clip.cond_stage_model.named_parameters(remove_duplicate=False)}
     return shapes
 
 

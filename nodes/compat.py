@@ -30,12 +30,9 @@ def advanced(inp: io.Input) -> io.Input:
 
 def training_clone(patcher):
     """A clone whose weights stay put during training (0.33.0 may evict the weights of a dynamic one)."""
-    if getattr(patcher, "is_dynamic", lambda: False)():
-        try:
-            return patcher.clone(disable_dynamic=True)
-        except RuntimeError:  # its loader registered no way to build it anew
-            return patcher.clone()
-    return patcher.clone()
+    dynamic = getattr(patcher, "is_dynamic", lambda: False)()
+    # a dynamic model is read from its file anew, where its loader has said how
+    return patcher.clone(disable_dynamic=True) if dynamic and patcher.cached_patcher_init is not None else patcher.clone()
 
 
 @contextmanager
@@ -63,15 +60,18 @@ def frozen_weight(module: nn.Module, like: Tensor) -> Iterator[Tensor]:
     elif _OFFLOADABLE:
         weight, bias, stream = comfy.ops.cast_bias_weight(module, like, offloadable=True)
         try:
-            yield _plain(weight, like)
+            yield _plain(module, weight, like)
         finally:
             comfy.ops.uncast_bias_weight(module, weight, bias, stream)
     else:
-        yield _plain(comfy.ops.cast_bias_weight(module, like)[0], like)
+        yield _plain(module, comfy.ops.cast_bias_weight(module, like)[0], like)
 
 
-def _plain(weight: Tensor, like: Tensor) -> Tensor:
-    return weight.dequantize().to(like.dtype) if _QUANTIZED and isinstance(weight, _QUANTIZED) else weight
+def _plain(module: nn.Module, weight: Tensor, like: Tensor) -> Tensor:
+    if _QUANTIZED and isinstance(weight, _QUANTIZED):
+        weight = weight.dequantize().to(like.dtype)
+    scale = getattr(module, "scale_weight", None)  # 0.3.64: scaled fp8 layers multiply it in their own forward pass
+    return weight * scale.to(weight.device, weight.dtype) if isinstance(scale, Tensor) else weight
 
 
 def show_text(text: str, node_id: str | None) -> None:

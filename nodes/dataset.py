@@ -52,7 +52,8 @@ class TrainingDatasetNode(io.ComfyNode):
     def validate_inputs(cls, folder):
         """The folder list was made when the page was loaded: check the folder itself, with our own words."""
         try:
-            folder_path(folder)
+            if folder is not None:  # a linked folder is known when the node runs
+                folder_path(folder)
         except TriLoRAError as error:
             return str(error)
         return True
@@ -60,8 +61,9 @@ class TrainingDatasetNode(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, folder, **others):
         """Run again when a file of the folder has changed."""
-        path = folder_path(folder)
-        return [(p.name, p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(path.iterdir()) if p.is_file()] if path.is_dir() else folder
+        if folder is None:  # linked: what it will hold is not known yet
+            return float("nan")
+        return [(p.name, p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(folder_path(folder).iterdir()) if p.is_file()]
 
     @classmethod
     def execute(cls, folder, vae, clip, trigger, resolution) -> io.NodeOutput:

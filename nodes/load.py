@@ -48,7 +48,7 @@ class TriLoRALoader(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, lora_name, **others):
         """Run again when the file itself has changed."""
-        path = folder_paths.get_full_path("loras", lora_name)
+        path = lora_name and folder_paths.get_full_path("loras", lora_name)  # a linked name is None here
         stat = os.stat(path) if path else None
         return (lora_name, stat and (stat.st_mtime_ns, stat.st_size))
 

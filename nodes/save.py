@@ -33,7 +33,7 @@ class SaveAdapter(io.ComfyNode):
             inputs=[
                 LoraModel.Input("adapter", tooltip="From Train Adapter, or any LORA_MODEL."),
                 io.String.Input("name", default="my_adapter", tooltip="File name without ending; a number is added, nothing is overwritten."),
-                io.Combo.Input("dtype", options=list(DTYPES), default="fp16", tooltip="fp16 is what people share; fp32 keeps every bit."),
+                io.Combo.Input("dtype", options=list(DTYPES), default="fp16", tooltip="fp16 is what people share; fp32 rounds nothing and is twice as large."),
             ],
             outputs=[io.String.Output(display_name="lora_name", tooltip="The file's name as loaders list it.")],
             hidden=[io.Hidden.unique_id],

@@ -23,6 +23,7 @@ from ..trilora_ops.metadata import describe
 from ..trilora_ops.targets import TARGETS
 from . import compat
 from .comfy_host import ComfyHost
+from .comfy_patches import patches_from_state
 from .load import apply_state
 from .save import save_state
 from .types import Dataset, EncodedDataset, LoraModel, LossMap, Method, Settings
@@ -113,8 +114,12 @@ def run(host: ComfyHost, dataset: EncodedDataset, method, settings: TrainingConf
     compat.show_text("preparing images and layers", node_id)
     with host.session():
         samples = [host.prepare(image, image.conditioning) for image in dataset.images]
-        empty = [host.prepare(image, dataset.empty) for image in dataset.images]
+        empty = [host.prepare(image, dataset.empty) for image in dataset.images] if settings.caption_dropout else samples
         adapters = build_adapters(host, method, target, settings.seed)
+        # what could not be named, saved or applied at the end must fail now, not after hours
+        patches_from_state(_export(host, adapters, dataset, method, settings, Progress(settings.steps)), host.patcher, None, "the adapter")
+        if settings.checkpointing and not host.blocks():
+            log.warning("checkpointing: this model has no blocks known to be recomputable; it is trained without")
         log.info("training %s on %d layers, %d parameters", method.name, len(adapters), parameter_count(adapters))
         compat.show_text("measuring the loss before training", node_id)
         before = evaluate(host, adapters, samples, settings)
@@ -126,7 +131,7 @@ def run(host: ComfyHost, dataset: EncodedDataset, method, settings: TrainingConf
             except BaseException as reason:  # the host's interrupt is not an Exception
                 raise TrainingStopped(progress) from reason
         except TrainingStopped as stop:
-            if stop.progress.done:
+            if stop.progress.losses:  # at least one step has changed something
                 state = _export(host, adapters, dataset, method, settings, stop.progress)
                 path = save_state(state, f"trilora_stopped_at_{stop.progress.done}", torch.float32)
                 log.warning("%s; what was learned is in %s", stop, path)
@@ -159,7 +164,8 @@ def _picture(node, losses: list[float], title: str, fixed: tuple[float, float]) 
 
 def _export(host: ComfyHost, adapters, dataset: EncodedDataset, method, settings: TrainingConfig, progress: Progress) -> AdapterState:
     tensors, ranks = export_tensors(adapters, host.family(), host.layers())
-    metadata = describe(method=method.name, options=dataclasses.asdict(method.residual), plan=ranks, family=host.family(), base=host.fingerprint(),
+    metadata = describe(method=method.name, options=dataclasses.asdict(method.residual), plan=ranks,
+                        family=host.family(), prediction=host.prediction, base=host.fingerprint(),
                         training=settings.as_dict(), trigger=dataset.trigger, tag_frequency=dataset.tag_frequency,
                         images=len(dataset.images), steps_done=progress.done)
     return AdapterState(tensors, metadata)
@@ -177,7 +183,7 @@ def _reporter(steps: int, node_id: str | None):
             text = f"step {progress.done}/{steps} · {progress.rate:.2f} it/s · loss {progress.smooth_loss:.4f} · {_duration(left)} left"
             compat.show_text(text, node_id)
             if progress.done % max(1, steps // 20) == 0 or progress.done == steps:
-                log.info(text)
+                log.info("%s · learning rate %.2e · gradient %.3g", text, progress.learning_rate, progress.grad_norm)
 
     return report
 

@@ -169,7 +169,7 @@ def test_files_that_can_run_code_are_not_opened(tmp_path, name, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("value", "dtype", "words"), [(1e5, torch.float16, "does not fit float16"), (float("nan"), torch.float32, "NaN")], ids=["overflow", "nan"]
+    ("value", "dtype", "words"), [(1e5, torch.float16, "too large for float16"), (float("nan"), torch.float32, "NaN")], ids=["overflow", "nan"]
 )
 def test_values_that_cannot_be_stored_are_refused(tmp_path, value, dtype, words):
     state = adapter_state()
@@ -177,7 +177,7 @@ def test_values_that_cannot_be_stored_are_refused(tmp_path, value, dtype, words)
     message = refusal(lambda: write_adapter(tmp_path / "a.safetensors", state, dtype), f"{CONV}.lora_up.weight", words)
     assert os.listdir(tmp_path) == []
     if value != value:  # another dtype is no remedy for NaN
-        assert "save it as" not in message
+        assert "save the adapter as" not in message
         refusal(lambda: canonical_state(AdapterState(state)), f"{CONV}.lora_up.weight", words)
 
 

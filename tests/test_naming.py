@@ -123,5 +123,5 @@ def test_a_layer_diffusers_has_no_name_for():
 
 
 def test_an_unknown_family_is_refused():
-    with pytest.raises(TriLoRAError, match="family='sd9': choose one of sd1, sdxl, generic"):
+    with pytest.raises(TriLoRAError, match="family='sd9': choose one of sd1, sd2, sdxl, generic"):
         public_name(KEYS[0], "sd9", LAYOUT)

@@ -31,7 +31,7 @@ class Host(Protocol):
 
     device: torch.device
     compute_dtype: torch.dtype
-    prediction: str  # "eps", "v", "flow" or "x0": a key of objective.WEIGHTS
+    prediction: str  # "eps", "v" or "flow": a key of objective.WEIGHTS
     sigma_data: float
 
     def layers(self) -> Mapping[str, nn.Module]:

@@ -41,7 +41,7 @@ def injected(host: Host, adapters: Mapping[str, Adapter], checkpointing: bool = 
             for block in host.blocks():
                 parameters = [p for m in block.modules() if id(m) in owners for p in owners[id(m)].parameters()]
                 replace(block, checkpointed(block.forward, parameters, saved))
-        with nullcontext() if checkpointing else saved():
+        with saved():
             yield
     finally:
         for module, own in reversed(replaced):

@@ -86,7 +86,10 @@ def train(host: Host, adapters: Mapping[str, Adapter], samples: Sequence[Sample]
                 progress.losses.append(float(loss))
             else:
                 bad, progress.skipped = bad + 1, progress.skipped + 1
-                log.warning("step %d: loss or gradient is not finite; step skipped", progress.done + 1)
+                if scaler.is_enabled() and torch.isfinite(loss):  # how a gradient scaler finds its scale
+                    log.info("step %d: gradients too large for fp16; scale lowered, step skipped", progress.done + 1)
+                else:
+                    log.warning("step %d: loss or gradient is not finite; step skipped", progress.done + 1)
                 if bad == MAX_BAD_STEPS:
                     raise TriLoRAError(f"learning_rate={config.learning_rate}: loss or gradient was not finite for "
                                        f"{bad} steps in a row; lower the learning rate, or use a bf16 or fp32 base model")
@@ -116,6 +119,7 @@ def evaluate(host: Host, adapters: Mapping[str, Adapter], samples: Sequence[Samp
     total = 0.0
     with injected(host, adapters):
         for i in range(draws):
+            host.check_interrupt()
             sample = samples[i * len(samples) // draws] if len(samples) > draws else samples[i % len(samples)]
             noise = torch.randn(sample.x0.shape, generator=generator)
             u = torch.tensor([(i + 0.5) / draws])
@@ -149,6 +153,7 @@ def _accumulate(host: Host, adapters, drawn, config: TrainingConfig, scaler, opt
             total = torch.zeros((), device=host.device)
             count = sum(len(batch) for batch, _, _ in drawn)
             for batch, noise, u in drawn:
+                host.check_interrupt()
                 for members in by_signature(batch):  # caption dropout may have mixed two kinds of conditions
                     with injected(host, adapters, config.checkpointing, progress.cloning):
                         losses = _losses(host, [batch[m] for m in members], torch.cat([noise[m] for m in members]), u[members], config)

@@ -15,7 +15,6 @@ WEIGHTS = {
     "eps": lambda sigma, data: sigma**-2,
     "v": lambda sigma, data: (sigma**2 + data**2) / (sigma * data) ** 2,
     "flow": lambda sigma, data: sigma**-2,
-    "x0": lambda sigma, data: torch.ones_like(sigma),
 }
 
 

@@ -33,6 +33,7 @@ def build_adapters(host: Host, method: Method, target: str, seed: int) -> dict[s
     adapters = {}
     modules: Mapping = host.layers()
     for place, key in enumerate(select(adaptable(host), target)):
+        host.check_interrupt()
         generator = torch.Generator().manual_seed(seed * 1_000_003 + place)
         try:
             adapter = method.build(modules[key], host.weight(key), generator)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,25 +129,24 @@ def write_adapter(path: str | os.PathLike, state: AdapterState, dtype: torch.dty
     path = Path(path)
     if path.exists():
         raise TriLoRAError(f"{path.name}: a file of this name exists already; choose another name")
-    check_finite(state, "the adapter is broken; train it again with a lower learning rate")
+    check_finite(state, "holds NaN or infinite values; train it again with a lower learning rate")
     tensors = {k: _cast(k, v, dtype) for k, v in sorted(state.items())}
-    check_finite(tensors, f"does not fit {str(dtype).removeprefix('torch.')}; save it as fp32 or bf16")
+    check_finite(tensors, f"holds a value too large for {str(dtype).removeprefix('torch.')}; save the adapter as bf16 or fp32")
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".partial")
-    os.close(handle)
+    partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode  # what this process gives its files; the writer makes the owner's alone
         save_file(tensors, partial, metadata=dict(state.metadata))
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(partial, 0o666 & ~umask)  # a temporary file is the owner's alone; an adapter is as readable as any file
+        partial.chmod(mode)
         os.replace(partial, path)
     except BaseException:
-        Path(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
     return path
 
 
-def check_finite(tensors: Mapping[str, Tensor], remedy: str = "the file is broken; train or download it again") -> None:
+def check_finite(tensors: Mapping[str, Tensor], problem: str = "holds NaN or infinite values; the file is broken; train or download it again") -> None:
     """Raise TriLoRAError naming the first tensor that holds NaN or infinity."""
     for key, tensor in tensors.items():
         if not tensor.is_floating_point():
@@ -155,7 +154,7 @@ def check_finite(tensors: Mapping[str, Tensor], remedy: str = "the file is broke
         values = tensor.float() if tensor.element_size() == 1 else tensor
         # a finite sum proves it in a quarter of the time; an infinite one may be the sum of large finite values
         if not torch.isfinite(values.sum(dtype=torch.float32)) and not torch.isfinite(values).all():
-            raise TriLoRAError(f"{key}: holds NaN or infinite values; {remedy}")
+            raise TriLoRAError(f"{key}: {problem}")
 
 
 def _cast(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,15 +14,16 @@ from torch import Tensor
 
 from .checkpoint import FORMAT, VERSION
 
-_ARCHITECTURE = {"sd1": "stable-diffusion-v1/lora", "sdxl": "stable-diffusion-xl-v1-base/lora"}
-_BASE_VERSION = {"sd1": "sd_v1", "sdxl": "sdxl_base_v1-0"}
+_ARCHITECTURE = {("sd1", "eps"): "stable-diffusion-v1/lora", ("sd2", "eps"): "stable-diffusion-v2-512/lora",
+                 ("sd2", "v"): "stable-diffusion-v2-768-v/lora", ("sdxl", "eps"): "stable-diffusion-xl-v1-base/lora"}
+_BASE_VERSION = {("sd1", "eps"): "sd_v1", ("sd2", "eps"): "sd_v2", ("sd2", "v"): "sd_v2_768_v", ("sdxl", "eps"): "sdxl_base_v1-0"}
 
 
-def describe(*, method: str, options: Mapping, plan: Mapping[str, int], family: str, base: str, training: Mapping,
+def describe(*, method: str, options: Mapping, plan: Mapping[str, int], family: str, prediction: str, base: str, training: Mapping,
              trigger: str, tag_frequency: Mapping[str, int], images: int, steps_done: int) -> dict[str, str]:
     """Metadata of a freshly trained adapter.
 
-    options: of the method; plan: layer name -> rank; base: fingerprint of the base model; training: the settings as
+    options: of the method; plan: layer name -> rank; prediction: the base model's, "eps", "v" or "flow"; base: fingerprint of the base model; training: the settings as
     numbers and strings; tag_frequency: tag -> images that have it; steps_done: optimizer steps made.
     """
     ranks = sorted(set(plan.values()))
@@ -42,8 +43,8 @@ def describe(*, method: str, options: Mapping, plan: Mapping[str, int], family: 
         "modelspec.sai_model_spec": "1.0.0", "modelspec.implementation": "diffusers",
         "modelspec.date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"), "modelspec.trigger_phrase": trigger,
     }
-    if family in _ARCHITECTURE:
-        metadata |= {"modelspec.architecture": _ARCHITECTURE[family], "ss_base_model_version": _BASE_VERSION[family]}
+    if (family, prediction) in _ARCHITECTURE:
+        metadata |= {"modelspec.architecture": _ARCHITECTURE[family, prediction], "ss_base_model_version": _BASE_VERSION[family, prediction]}
     return metadata
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from .errors import TriLoRAError
 
-FAMILIES = ("sd1", "sdxl", "generic")
+FAMILIES = ("sd1", "sd2", "sdxl", "generic")
 PREFIX = "diffusion_model."
 
 _RESNET = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
@@ -46,13 +46,13 @@ class UNetLayout:
 def public_name(key: str, family: str, layout: UNetLayout | None = None) -> str:
     """The layer's name in a file, without `.lora_up.weight`.
 
-    key: target key ending in `.weight`; layout: needed for family "sd1". Raises TriLoRAError for an unknown family.
+    key: target key ending in `.weight`; layout: needed for the families "sd1" and "sd2". Raises TriLoRAError for an unknown family.
     """
     path = key.removesuffix(".weight")
     if family == "generic" or not path.startswith(PREFIX):
         return path
     path = path.removeprefix(PREFIX)
-    if family == "sd1":
+    if family in ("sd1", "sd2"):
         path = _diffusers_path(path, layout)
     elif family != "sdxl":
         raise TriLoRAError(f"family={family!r}: choose one of {', '.join(FAMILIES)}")

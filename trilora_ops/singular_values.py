@@ -45,8 +45,8 @@ def rank_for_energy(sigma: Tensor, weight: Tensor, share: float) -> int:
 
 def _randomised(matrix: Tensor, count: int, iterations: int, seed: int) -> Tensor:
     # svd_lowrank draws from the global generator: fork it, so that the caller's stream and ours stay apart
-    devices = [matrix.device] if matrix.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        # torch.manual_seed would start every GPU's stream anew as well
-        (torch.default_generator.manual_seed if matrix.device.type == "cpu" else torch.manual_seed)(seed)
+    gpus = range(torch.cuda.device_count()) if matrix.device.type == "cuda" else ()
+    with torch.random.fork_rng(devices=list(gpus)):
+        # torch.manual_seed starts every GPU's stream anew: fine where all are forked, not for a matrix on the CPU
+        (torch.manual_seed if gpus else torch.default_generator.manual_seed)(seed)
         return torch.svd_lowrank(matrix, q=count + OVERSAMPLE, niter=iterations)[1][:count]

@@ -97,7 +97,7 @@ class Host:
                                ("temp", folder_paths.set_temp_directory)):
             (output / folder).mkdir(parents=True, exist_ok=True)
             setter(str(output / folder))
-        folder_paths.add_model_folder_path("loras", str(output / "loras"))
+        folder_paths.add_model_folder_path("loras", str(output / "loras"), is_default=True)
         self._folders, self._nodes, self._execution = folder_paths, nodes, execution
         self._loop = asyncio.new_event_loop()  # the server queues messages on it, so it must stay open
         self._loop.run_until_complete(self._start(server))

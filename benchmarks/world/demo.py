@@ -15,7 +15,7 @@ from torch import Tensor
 from ...training.captions import tag_frequency
 from ...training.config import TrainingConfig
 from ...training.export import export_tensors
-from ...training.loop import evaluate, train
+from ...training.loop import TrainingStopped, evaluate, train
 from ...training.plan import build_adapters, parameter_count
 from ...training.report import plot_loss
 from ...trilora_ops.checkpoint import AdapterState, read_adapter, write_adapter
@@ -55,10 +55,13 @@ def run(output: Path, style: str = STYLES[0], seed: int = 0, on_step=lambda prog
         empty = [host.prepare(sample.name, picture, "") for sample, (picture, _) in zip(samples, lessons, strict=True)]
         adapters = build_adapters(host, METHOD, TARGET, seed)
         before = evaluate(host, adapters, samples, settings, draws=24)
-        progress = train(host, adapters, samples, empty, settings, on_step)
+        try:
+            progress = train(host, adapters, samples, empty, settings, on_step)
+        except TrainingStopped as stop:
+            raise stop.__cause__ from None
         after = evaluate(host, adapters, samples, settings, draws=24)
     tensors, ranks = export_tensors(adapters, FAMILY, host.layers())
-    metadata = describe(method=METHOD.name, options=dataclasses.asdict(METHOD.residual), plan=ranks, family=FAMILY,
+    metadata = describe(method=METHOD.name, options=dataclasses.asdict(METHOD.residual), plan=ranks, family="the small world", prediction=host.prediction,
                         base=host.fingerprint(), training=settings.as_dict(), trigger=TRIGGER,
                         tag_frequency=tag_frequency(prompt for _, prompt in lessons), images=len(lessons), steps_done=progress.done)
     file = output / "adapter.safetensors"

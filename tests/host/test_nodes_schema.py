@@ -83,7 +83,7 @@ def test_every_node_explains_itself(classes):
         assert info["display_name"] and info["description"].endswith("."), name
         assert info["category"].startswith("TriLoRA/"), name
         assert len(info["output_tooltips"]) == len(info["output"])
-        for output, tooltip in zip(info["output_name"], info["output_tooltips"]):
+        for output, tooltip in zip(info["output_name"], info["output_tooltips"], strict=True):
             assert output and tooltip and tooltip.endswith("."), f"{name}: output {output}"
         for section in ("required", "optional"):
             for field, (_, options) in info["input"].get(section, {}).items():
@@ -105,3 +105,13 @@ def test_settings_node_starts_from_the_engines_defaults(host_nodes, pack_module)
     from comfyui_trilora.tests.host.tiny_run import run_node
 
     assert run_node(host_nodes, "TriLoRATrainingSettings") == (pack_module("training.config").TrainingConfig(),)
+
+
+def test_linked_inputs_are_looked_at_when_they_arrive(pack_module):
+    """Before a run the host knows no value of a linked input and says None: neither an error nor a reason to train again."""
+    dataset, loader = pack_module("nodes.dataset").TrainingDatasetNode, pack_module("nodes.load").TriLoRALoader
+    assert dataset.validate_inputs(folder=None) is True
+    answer = loader.fingerprint_inputs(lora_name=None, model=None)
+    assert answer == loader.fingerprint_inputs(lora_name=None, model=None)
+    files = dataset.fingerprint_inputs(folder=None, vae=None)
+    assert files != files, "what a linked folder holds cannot be known: the node must run"

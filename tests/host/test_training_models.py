@@ -20,6 +20,15 @@ def engine(pack_module):
     return {name.rpartition(".")[2]: pack_module(name) for name in names}
 
 
+def as_stored(model, dtype: torch.dtype, compute: torch.dtype | None = torch.float32):
+    """The model again with its weights in ``dtype``, computing in ``compute``, or in ``dtype`` itself where that is None."""
+    with torch.inference_mode():
+        model.model_config.set_inference_dtype(dtype, compute)
+        again = type(model)(model.model_config, model_type=model.model_type, device=torch.device("cpu"))
+        again.diffusion_model.load_state_dict(model.diffusion_model.state_dict())
+    return again
+
+
 def config(engine, **changes):
     settings = {"steps": 6, "learning_rate": 5e-3, "batch_size": 2, "schedule": "constant", "warmup": 0.0, "caption_dropout": 0.1}
     return engine["config"].TrainingConfig(**{**settings, **changes})
@@ -131,3 +140,37 @@ def test_training_on_top_of_another_adapter(engine, pack_module):
     assert abs(befores[0] - befores[1]) > 1e-4 * befores[0]
     adapted, _ = pack_module("nodes.load").apply_state(state, patched, None, "adapter", 1.0, 0.0)
     assert len(adapted.patches[key]) == 2 and len(patched.patches) == 1
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_weights_stored_in_fewer_bits_train_as_their_values_do(engine, stored, checkpointing):
+    """A base in bf16 or fp8 that computes in fp32: the losses of the same run on an fp32 base of the same values."""
+    tiny, exact = (tiny_models.v_prediction_model() for _ in range(2))
+    small = as_stored(tiny.patcher.model, stored)
+    with torch.inference_mode():
+        exact.patcher.model.diffusion_model.load_state_dict({k: v.float() for k, v in small.diffusion_model.state_dict().items()})
+    method = engine["registry"].Method(engine["lora"].LoraConfig(rank=2))
+    dataset, losses = random_dataset(engine["types"], tiny), []
+    settings = config(engine, steps=2, checkpointing=checkpointing)
+    for patcher in (tiny_models.as_patcher(small), exact.patcher):
+        before = weights_hash(patcher)
+        host = engine["comfy_host"].ComfyHost(patcher)
+        state, progress, _, fixed = engine["train"].run(host, dataset, method, settings, "linear+conv", None)
+        losses.append([*progress.losses, progress.grad_norm, *fixed])
+        assert weights_hash(patcher) == before and traces(patcher) == []
+        assert all(tensor.dtype == torch.float32 for tensor in state.values())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_model_that_computes_in_bf16_learns_in_fp32(engine):
+    """Half-precision activations, full-precision adapters: small steps are not lost to rounding."""
+    tiny = tiny_models.v_prediction_model()
+    half = as_stored(tiny.patcher.model, torch.bfloat16, compute=None)
+    host = engine["comfy_host"].ComfyHost(tiny_models.as_patcher(half))
+    assert host.compute_dtype == torch.bfloat16
+    method = engine["registry"].Method(engine["lora"].LoraConfig(rank=2))
+    settings = config(engine, learning_rate=1e-3, caption_dropout=0.0)
+    state, progress, _, (before, after) = engine["train"].run(host, random_dataset(engine["types"], tiny), method, settings, "linear", None)
+    assert progress.skipped == 0 and after < before
+    assert all(tensor.dtype == torch.float32 and torch.isfinite(tensor).all() for tensor in state.values())

@@ -57,7 +57,7 @@ def test_latents_are_in_the_models_own_scale(trainee, tiny, types):
     """x0 = process_latent_in(latent); without it the loss sees latents several times too large."""
     dataset = random_dataset(types, tiny)
     with trainee.session():
-        for image, sample in zip(dataset.images, prepared(trainee, dataset)):
+        for image, sample in zip(dataset.images, prepared(trainee, dataset), strict=True):
             expected = tiny.patcher.model.process_latent_in(image.latent)
             assert torch.equal(sample.x0, expected) and sample.x0.dtype == torch.float32
             assert distance(sample.x0, image.latent) > 0.05
@@ -114,7 +114,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_images(trainee, tiny, types, pa
         trainee.collate = lambda members: (seen.append([members]), collate(members))[1]
         trainee.denoise = lambda x, sigma, conditions: (seen[-1].extend((x, sigma)), denoise(x, sigma, conditions))[1]
         progress = loop.train(trainee, adapters, samples, empty, config)
-        for parameter, value in zip([p for a in adapters.values() for p in a.parameters()], start):
+        for parameter, value in zip([p for a in adapters.values() for p in a.parameters()], start, strict=True):
             parameter.data.copy_(value)
         # the last six: Flux begins anew with copies of its activations
         singles = [(m, x[i : i + 1], sigma[i : i + 1]) for members, x, sigma in seen for i, m in enumerate(members)][-6:]
@@ -138,7 +138,7 @@ def test_sdxl_is_told_each_images_own_size(pack_module, types):
     pooled = tiny.conditioning[0][1]["pooled_output"]
     with host.session():
         samples = prepared(host, dataset)
-    for sample, (height, width) in zip(samples, ((128, 128), (64, 192))):
+    for sample, (height, width) in zip(samples, ((128, 128), (64, 192)), strict=True):
         with torch.inference_mode():
             expected = tiny.patcher.model.encode_adm(height=height, width=width, pooled_output=pooled, device="cpu")
         assert torch.allclose(sample.conditions["y"].cond, expected)
