@@ -51,7 +51,7 @@ class ComfyHost:
         """Effective W0 in fp32."""
         module = self._layers[key]
         with torch.no_grad(), frozen_weight(module, torch.empty(0, device=self.device)) as weight:
-            return weight if weight.data_ptr() == module.weight.data_ptr() else weight.clone()
+            return weight if weight is module.weight else weight.clone()
 
     def frozen_weight(self, module: nn.Module, like: Tensor) -> AbstractContextManager[Tensor]:
         """See `compat.frozen_weight`."""

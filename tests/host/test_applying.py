@@ -263,3 +263,20 @@ def test_what_came_in_is_not_changed(host_nodes, tiny, clip, saved):
     assert len(twice.patches[f"{QUERY}.weight"]) == 2
     assert distance(merged_weight(twice, f"{QUERY}.weight"), merged_weight(tiny.patcher, f"{QUERY}.weight")) <= 1e-6
     assert weights_hash(once) != before and weights_hash(tiny.patcher) == before
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_an_adapter_of_any_origin_keeps_its_effect_when_saved(host_nodes, tiny, dtype):
+    """A LORA_MODEL as core's trainer hands it on, with differences of norms beside low-rank layers, as a file of ours."""
+    with torch.inference_mode():
+        adapter = {**layer(QUERY, 128, 128), **layer(KERNEL, 128, 128, kernel=(3, 3)), "diffusion_model.out.0.diff": normal(64) * 0.1}
+    list_saved_adapters()
+    name = run_node(host_nodes, "TriLoRASaveAdapter", adapter=adapter, name="any_origin", dtype=dtype)[0]
+    (original,) = run_node(host_nodes, "LoraModelLoader", model=tiny.patcher, lora=adapter, strength_model=1.0)
+    for loader in ("TriLoRALoader", "LoraLoaderModelOnly"):
+        loaded = run_node(host_nodes, loader, model=tiny.patcher, lora_name=name, strength_model=1.0)[0]
+        assert loaded.patches.keys() == original.patches.keys()
+        for key in original.patches:
+            plain = merged_weight(tiny.patcher, key)
+            delta = merged_weight(original, key) - plain
+            assert distance(merged_weight(loaded, key) - plain, delta) <= (1e-5 if dtype == "fp32" else 2e-3)

@@ -33,7 +33,7 @@ SD3 = {
 # layout -> (the host's configuration, its U-Net or DiT configuration, our family, number of linear layers and convolutions)
 LAYOUTS = {
     "SD1.5": ("SD15", {**UNET, **FOUR_LEVELS, "context_dim": 768, "num_heads": 8}, "sd1"),
-    "SD2": ("SD20", {**UNET, **FOUR_LEVELS, "context_dim": 1024, "use_linear_in_transformer": True, "num_head_channels": 64}, "sd1"),
+    "SD2": ("SD20", {**UNET, **FOUR_LEVELS, "context_dim": 1024, "use_linear_in_transformer": True, "num_head_channels": 64}, "sd2"),
     "SDXL": ("SDXL", {**UNET, **XL, "transformer_depth": [0, 0, 2, 2, 10, 10], "num_head_channels": 64,
                       "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "transformer_depth_middle": 10}, "sdxl"),
     "SSD-1B": ("SSD1B", {**UNET, **XL, "transformer_depth": [0, 0, 2, 2, 4, 4], "num_head_channels": 64,
