@@ -127,8 +127,9 @@ class ComfyHost:
         return next((name for name, config in known.items() if isinstance(self.model.model_config, config)), "generic")
 
     def fingerprint(self) -> str:
-        """Identity of the base model's weights."""
-        return fingerprint({key: module.weight for key, module in self._layers.items()})
+        """Identity of the base model's weights; quantised ones, whose values are packed, are left out."""
+        plain = (nn.Parameter, Tensor)
+        return fingerprint({key: module.weight for key, module in self._layers.items() if type(module.weight) in plain})
 
 
 def _fused_attention(attention, *args, **kwargs) -> Tensor:

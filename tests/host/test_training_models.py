@@ -20,6 +20,11 @@ def engine(pack_module):
     return {name.rpartition(".")[2]: pack_module(name) for name in names}
 
 
+def condition(patcher) -> tuple:
+    """Everything about a model's tensors: bytes, identities, and which of them ask for gradients (0.3.64's do)."""
+    return weights_hash(patcher), [(id(p), p.requires_grad) for p in patcher.model.parameters()]
+
+
 def as_stored(model, dtype: torch.dtype, compute: torch.dtype | None = torch.float32):
     """The model again with its weights in ``dtype``, computing in ``compute``, or in ``dtype`` itself where that is None."""
     with torch.inference_mode():
@@ -36,16 +41,16 @@ def config(engine, **changes):
 
 @pytest.fixture(scope="module", params=MODELS)
 def runs(request, engine):
-    """(kind of model, patcher, hash before, {checkpointing: (adapter, progress, report, fixed losses)}, hash after)."""
+    """(kind of model, patcher, condition before, {checkpointing: (adapter, progress, report, fixed losses)}, condition after)."""
     tiny = MODELS[request.param]()
-    before = weights_hash(tiny.patcher)
+    before = condition(tiny.patcher)
     method = engine["registry"].Method(engine["trilora"].TriLoraConfig(rank=4, sigma_init="ones"))
     dataset = random_dataset(engine["types"], tiny)
     results = {}
     for checkpointing in (False, True):
         host = engine["comfy_host"].ComfyHost(tiny.patcher)
         results[checkpointing] = engine["train"].run(host, dataset, method, config(engine, checkpointing=checkpointing), "linear", None)
-    return request.param, tiny.patcher, before, results, weights_hash(tiny.patcher)
+    return request.param, tiny.patcher, before, results, condition(tiny.patcher)
 
 
 def test_the_prediction_type_is_the_models(runs, engine):

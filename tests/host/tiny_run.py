@@ -85,9 +85,9 @@ def tiny_dataset(nodes):
 
 
 def weights_hash(patcher) -> str:
-    """SHA-256 over names, dtypes and bytes of the model's state dict, with this patcher's patches alone, and over which ask for gradients."""
+    """SHA-256 over names, dtypes and bytes of everything in the model's state dict, with this patcher's patches alone."""
     comfy.model_management.load_models_gpu([patcher])  # copies of one patcher share the model; another's patches may be in it
-    digest = hashlib.sha256(repr([(name, p.requires_grad) for name, p in patcher.model.named_parameters()]).encode())
+    digest = hashlib.sha256()
     for key, tensor in patcher.model.state_dict().items():
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
