@@ -1,0 +1,55 @@
+"""Block-diagonal orthogonal T by Cayley's transform (OFT, arXiv:2306.07280): T_b = (I - S_b)(I + S_b)^-1, S_b = -S_bt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import LayerShape
+from ..errors import TriLoRAError
+from .channels import ChannelTransform
+
+
+@dataclass(frozen=True)
+class BlockOrthogonalConfig:
+    """block: size b >= 2 of the blocks; a layer whose input size it does not divide gets the next smaller divisor."""
+
+    kind: ClassVar[str] = "block_orthogonal"
+    block: int = 32
+
+    def __post_init__(self):
+        if self.block < 2:
+            raise TriLoRAError(f"block={self.block}: an orthogonal block has 2 rows or more; 32 is a common choice")
+
+    def build(self, shape: LayerShape, weight: Tensor, generator: torch.Generator) -> "BlockOrthogonal":
+        """S = 0, so T = I exactly; nothing is drawn."""
+        block = next(size for size in range(min(self.block, shape.inp), 0, -1) if shape.inp % size == 0)
+        return BlockOrthogonal(shape, torch.zeros(shape.inp // block, block * (block - 1) // 2))
+
+
+class BlockOrthogonal(ChannelTransform):
+    """skew: (blocks, b (b - 1) / 2), the upper triangles of S."""
+
+    NO_DECAY: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, shape: LayerShape, skew: Tensor):
+        super().__init__(shape)
+        self.skew = nn.Parameter(skew)
+        self.block = shape.inp // skew.shape[0]
+
+    def blocks(self) -> Tensor:
+        """T's diagonal blocks, (blocks, b, b), orthogonal to fp32 rounding."""
+        rows, columns = torch.triu_indices(self.block, self.block, 1, device=self.skew.device)
+        upper = self.skew.new_zeros(len(self.skew), self.block, self.block).index_put(
+            (torch.arange(len(self.skew), device=self.skew.device)[:, None], rows[None], columns[None]), self.skew)
+        S = upper - upper.transpose(1, 2)
+        eye = torch.eye(self.block, device=self.skew.device)
+        return torch.linalg.solve(eye + S, eye - S)  # (I + S)^-1 and (I - S) commute
+
+    def rows(self, x: Tensor, transposed: bool = False) -> Tensor:
+        """T x block by block."""
+        blocks = self.blocks().transpose(1, 2) if transposed else self.blocks()
+        return torch.einsum("bij,nbj->nbi", blocks, x.view(len(x), -1, self.block)).reshape(x.shape)
