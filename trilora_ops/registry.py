@@ -12,11 +12,15 @@ from .adapter import Adapter, LayerShape
 from .errors import TriLoRAError
 from .residuals.lora import LoraConfig
 from .residuals.none import NoResidualConfig
+from .residuals.tensor_ring import TensorRingResidualConfig
 from .residuals.trilora import TriLoraConfig
+from .transforms.block_orthogonal import BlockOrthogonalConfig
+from .transforms.diagonal import DiagonalConfig
 from .transforms.none import NoTransformConfig
+from .transforms.tensor_ring import TensorRingConfig
 
-TRANSFORMS: dict[str, type] = {c.kind: c for c in (NoTransformConfig,)}
-RESIDUALS: dict[str, type] = {c.kind: c for c in (NoResidualConfig, LoraConfig, TriLoraConfig)}
+TRANSFORMS: dict[str, type] = {c.kind: c for c in (NoTransformConfig, TensorRingConfig, DiagonalConfig, BlockOrthogonalConfig)}
+RESIDUALS: dict[str, type] = {c.kind: c for c in (NoResidualConfig, LoraConfig, TriLoraConfig, TensorRingResidualConfig)}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
+
+from torch import Tensor
 
 from .errors import TriLoRAError
 
@@ -32,6 +35,12 @@ def check_factors(factors: tuple[int, ...], size: int, axis: str) -> tuple[int, 
         raise TriLoRAError(f"factors={'x'.join(map(str, factors))} multiply to {math.prod(factors)}, but the layer's {axis} "
                            f"size is {size}; use {'x'.join(map(str, factorise(size, len(factors))))}")
     return factors
+
+
+def numbered_cores(tensors: Mapping[str, Tensor]) -> list[Tensor] | None:
+    """core0, core1, ... in order, or None where the names are not exactly these."""
+    names = [f"core{d}" for d in range(len(tensors))]
+    return [tensors[name] for name in names] if tensors and set(names) == set(tensors) else None
 
 
 def _splits(size: int, count: int, smallest: int):

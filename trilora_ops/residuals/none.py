@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -38,6 +39,15 @@ class NoResidual(nn.Module):
     def add_output(self, y: Tensor, x: Tensor) -> Tensor:
         """y + R x = y."""
         return y
+
+    @classmethod
+    def from_tensors(cls, shape: LayerShape, tensors: Mapping[str, Tensor]) -> "NoResidual | None":
+        """R = 0 where a file holds no tensors for a residual."""
+        return None if tensors else cls(shape)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """None."""
+        return {}
 
     def penalty(self) -> Tensor:
         """0."""

@@ -7,6 +7,7 @@ and saved as one. A convolution's kernel axes are further cores on the input sid
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from ..adapter import LayerShape
 from ..errors import TriLoRAError
-from ..tensorisation import check_factors, factorise
+from ..tensorisation import check_factors, factorise, numbered_cores
 from .low_rank import LowRankResidual
 
 INITS = ("code", "mup")
@@ -76,6 +77,28 @@ class TensorRingResidual(LowRankResidual):
             self.register_parameter(f"core{d}", nn.Parameter(core))
         self.count, self.out_cores, self.scale = len(cores), out_cores, scale
         self.NO_DECAY = tuple(f"core{d}" for d in range(self.count))
+
+    @classmethod
+    def from_tensors(cls, shape: LayerShape, tensors: Mapping[str, Tensor]) -> "TensorRingResidual | None":
+        """The residual of a file, or None where these are another kind's. Raises TriLoRAError for cores that form no ring."""
+        cores = numbered_cores(tensors)
+        if cores is None:
+            return None
+        for d, core in enumerate(cores):
+            if core.ndim != 3 or tuple(core.shape[1:]) != (cores[0].shape[1],) * 2:
+                raise TriLoRAError(f"residual.core{d} is {tuple(core.shape)}, expected (size, R, R) with one R for all cores; the file is broken")
+        sizes, product, out_cores = [len(core) for core in cores], 1, 0
+        while product < shape.out and out_cores < len(sizes):
+            product, out_cores = product * sizes[out_cores], out_cores + 1
+        if product != shape.out or math.prod(sizes[out_cores:]) != shape.columns:
+            raise TriLoRAError(f"residual cores of sizes {'x'.join(map(str, sizes))} do not multiply to the layer's {shape.out} and {shape.columns}; they are another layer's")
+        # a leading run of ones was the output side's padding: a chain may be cut after any core of size one
+        return cls(shape, cores, max(1, out_cores), 1.0)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The cores, with the scale folded into the first."""
+        cores = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        return cores | {"core0": cores["core0"] * self.scale}
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(s * B (out, R^2), C (R^2, columns)): both chains multiplied out, which is small."""

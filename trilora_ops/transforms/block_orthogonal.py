@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -39,6 +40,17 @@ class BlockOrthogonal(ChannelTransform):
         super().__init__(shape)
         self.skew = nn.Parameter(skew)
         self.block = shape.inp // skew.shape[0]
+
+    @classmethod
+    def from_tensors(cls, shape: LayerShape, tensors: Mapping[str, Tensor]) -> "BlockOrthogonal | None":
+        """The transform of a file, or None where these are another kind's. Raises TriLoRAError for another size."""
+        if set(tensors) != {"skew"}:
+            return None
+        skew = tensors["skew"]
+        block = shape.inp // max(1, len(skew))
+        if skew.ndim != 2 or len(skew) * block != shape.inp or skew.shape[1] != block * (block - 1) // 2:
+            raise TriLoRAError(f"transform.skew is {tuple(skew.shape)}, expected (blocks, b (b - 1) / 2) with blocks * b = {shape.inp}; it is another layer's")
+        return cls(shape, skew)
 
     def blocks(self) -> Tensor:
         """T's diagonal blocks, (blocks, b, b), orthogonal to fp32 rounding."""

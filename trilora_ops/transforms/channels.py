@@ -40,6 +40,10 @@ class ChannelTransform(nn.Module):
         changed = self.rows(rows, transposed=True) - rows
         return changed.view(parts.shape).transpose(1, 2).reshape(weight.shape)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters by the names that a file gives them."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
     def penalty(self) -> Tensor:
         """0: no regulariser unless a kind has one."""
         return torch.zeros(())

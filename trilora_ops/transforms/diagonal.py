@@ -6,6 +6,7 @@ form keeps a diagonal beside a low-rank update. Here it stands on the input side
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import LayerShape
+from ..errors import TriLoRAError
 from .channels import ChannelTransform
 
 
@@ -35,6 +37,15 @@ class Diagonal(ChannelTransform):
     def __init__(self, shape: LayerShape, m: Tensor):
         super().__init__(shape)
         self.m = nn.Parameter(m)
+
+    @classmethod
+    def from_tensors(cls, shape: LayerShape, tensors: Mapping[str, Tensor]) -> "Diagonal | None":
+        """The transform of a file, or None where these are another kind's. Raises TriLoRAError for another size."""
+        if set(tensors) != {"m"}:
+            return None
+        if tuple(tensors["m"].shape) != (shape.inp,):
+            raise TriLoRAError(f"transform.m is {tuple(tensors['m'].shape)}, expected ({shape.inp},); it is another layer's")
+        return cls(shape, tensors["m"])
 
     def rows(self, x: Tensor, transposed: bool = False) -> Tensor:
         """m * x; a diagonal is its own transpose."""

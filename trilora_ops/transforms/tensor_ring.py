@@ -7,6 +7,7 @@ For R = 1 it is the Kronecker product A1 x A2 x A3. Indices are C-ordered: i1 is
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from ..adapter import LayerShape
 from ..errors import TriLoRAError
-from ..tensorisation import check_factors, factorise
+from ..tensorisation import check_factors, factorise, numbered_cores
 from .channels import ChannelTransform
 
 INITS = ("auto", "paper", "asym")
@@ -76,6 +77,18 @@ class TensorRing(ChannelTransform):
     def cores(self) -> list[Tensor]:
         """The trained cores in ring order."""
         return [getattr(self, f"core{d}") for d in range(self.count)]
+
+    @classmethod
+    def from_tensors(cls, shape: LayerShape, tensors: Mapping[str, Tensor]) -> "TensorRing | None":
+        """The transform of a file, or None where these are another kind's. Raises TriLoRAError for cores that form no ring."""
+        cores = numbered_cores(tensors)
+        if cores is None:
+            return None
+        for d, core in enumerate(cores):
+            if core.ndim != 4 or core.shape[0] != core.shape[1] or tuple(core.shape[2:]) != tuple(cores[0].shape[2:]) or core.shape[2] != core.shape[3]:
+                raise TriLoRAError(f"transform.core{d} is {tuple(core.shape)}, expected (J, J, R, R) with one R for all cores; the file is broken")
+        check_factors(tuple(core.shape[0] for core in cores), shape.inp, "input")
+        return cls(shape, cores)
 
     def rows(self, x: Tensor, transposed: bool = False) -> Tensor:
         """T x (or Tt x) for every row of x, (n, J) -> (n, J)."""
