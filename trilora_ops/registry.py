@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .adapter import Adapter, LayerShape
 from .errors import TriLoRAError
@@ -21,6 +22,39 @@ from .transforms.tensor_ring import TensorRingConfig
 
 TRANSFORMS: dict[str, type] = {c.kind: c for c in (NoTransformConfig, TensorRingConfig, DiagonalConfig, BlockOrthogonalConfig)}
 RESIDUALS: dict[str, type] = {c.kind: c for c in (NoResidualConfig, LoraConfig, TriLoraConfig, TensorRingResidualConfig)}
+
+
+def read_adapter_tensors(shape: LayerShape, transform: Mapping[str, Tensor], residual: Mapping[str, Tensor]) -> Adapter:
+    """The adapter that a file's tensors make on a layer; names without the layer's name and the part's.
+
+    Raises TriLoRAError where no kind, or more than one, knows the names, and where the shapes are another layer's.
+    """
+    return Adapter(shape, read_part("transform", shape, transform), read_part("residual", shape, residual))
+
+
+def collect_tensors(file: Mapping[str, Tensor], name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(transform's, residual's) tensors of the layer `name`, found by the names that the registered kinds declare."""
+    return _collect(file, f"{name}.transform.", TRANSFORMS), _collect(file, f"{name}.residual.", RESIDUALS)
+
+
+def read_part(part: str, shape: LayerShape, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """One half of an adapter, part "transform" or "residual"; see `read_adapter_tensors`."""
+    kinds = {"transform": TRANSFORMS, "residual": RESIDUALS}[part]
+    found = {type(module): module for config in kinds.values() if (module := config.read(shape, tensors)) is not None}
+    if len(found) != 1:
+        raise TriLoRAError(f"{part}: {'no' if not found else 'more than one'} kind reads the tensors {', '.join(sorted(tensors))}; "
+                           f"this release knows {', '.join(kinds)}; update ComfyUI-TriLoRA")
+    return next(iter(found.values()))
+
+
+def _collect(file: Mapping[str, Tensor], prefix: str, kinds: Mapping[str, type]) -> dict[str, Tensor]:
+    tensors = {}
+    for pattern in {pattern for config in kinds.values() for pattern in config.TENSORS}:
+        number = 0
+        while (name := pattern.replace("#", str(number))) not in tensors and prefix + name in file:
+            tensors[name] = file[prefix + name]
+            number += 1
+    return tensors
 
 
 @dataclass(frozen=True)

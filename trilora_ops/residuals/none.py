@@ -17,6 +17,12 @@ class NoResidualConfig:
     """No options."""
 
     kind: ClassVar[str] = "none"
+    TENSORS: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def read(cls, shape: LayerShape, tensors: Mapping[str, Tensor]) -> "NoResidual | None":
+        """What a file's tensors make on a layer of this shape; None where they are another kind's."""
+        return NoResidual.from_tensors(shape, tensors)
 
     def build(self, shape: LayerShape, weight: Tensor, generator: torch.Generator) -> "NoResidual":
         """Return R = 0; nothing is drawn."""

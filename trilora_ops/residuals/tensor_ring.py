@@ -34,6 +34,7 @@ class TensorRingResidualConfig:
     """
 
     kind: ClassVar[str] = "tensor_ring"
+    TENSORS: ClassVar[tuple[str, ...]] = ("core#",)
     rank: int = 4
     alpha: float = 1.0
     scaling: str = "sqrt"
@@ -49,6 +50,11 @@ class TensorRingResidualConfig:
         for field, allowed in (("scaling", SCALES), ("init", INITS)):
             if getattr(self, field) not in allowed:
                 raise TriLoRAError(f"{field}={getattr(self, field)!r}: choose one of {', '.join(allowed)}")
+
+    @classmethod
+    def read(cls, shape: LayerShape, tensors: Mapping[str, Tensor]) -> "TensorRingResidual | None":
+        """What a file's tensors make on a layer of this shape; None where they are another kind's."""
+        return TensorRingResidual.from_tensors(shape, tensors)
 
     def build(self, shape: LayerShape, weight: Tensor, generator: torch.Generator) -> "TensorRingResidual":
         """R = 0 exactly. Raises TriLoRAError for factors that do not multiply to the layer's sizes."""

@@ -19,11 +19,17 @@ class BlockOrthogonalConfig:
     """block: size b >= 2 of the blocks; a layer whose input size it does not divide gets the next smaller divisor."""
 
     kind: ClassVar[str] = "block_orthogonal"
+    TENSORS: ClassVar[tuple[str, ...]] = ("skew",)
     block: int = 32
 
     def __post_init__(self):
         if self.block < 2:
             raise TriLoRAError(f"block={self.block}: an orthogonal block has 2 rows or more; 32 is a common choice")
+
+    @classmethod
+    def read(cls, shape: LayerShape, tensors: Mapping[str, Tensor]) -> "BlockOrthogonal | None":
+        """What a file's tensors make on a layer of this shape; None where they are another kind's."""
+        return BlockOrthogonal.from_tensors(shape, tensors)
 
     def build(self, shape: LayerShape, weight: Tensor, generator: torch.Generator) -> "BlockOrthogonal":
         """S = 0, so T = I exactly; nothing is drawn."""

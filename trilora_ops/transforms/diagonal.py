@@ -23,6 +23,12 @@ class DiagonalConfig:
     """No options."""
 
     kind: ClassVar[str] = "diagonal"
+    TENSORS: ClassVar[tuple[str, ...]] = ("m",)
+
+    @classmethod
+    def read(cls, shape: LayerShape, tensors: Mapping[str, Tensor]) -> "Diagonal | None":
+        """What a file's tensors make on a layer of this shape; None where they are another kind's."""
+        return Diagonal.from_tensors(shape, tensors)
 
     def build(self, shape: LayerShape, weight: Tensor, generator: torch.Generator) -> "Diagonal":
         """m = 1, so T = I exactly; nothing is drawn."""

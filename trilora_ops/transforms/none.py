@@ -17,6 +17,12 @@ class NoTransformConfig:
     """No options."""
 
     kind: ClassVar[str] = "none"
+    TENSORS: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def read(cls, shape: LayerShape, tensors: Mapping[str, Tensor]) -> "NoTransform | None":
+        """What a file's tensors make on a layer of this shape; None where they are another kind's."""
+        return NoTransform.from_tensors(shape, tensors)
 
     def build(self, shape: LayerShape, weight: Tensor, generator: torch.Generator) -> "NoTransform":
         """Return T = I; nothing is drawn."""

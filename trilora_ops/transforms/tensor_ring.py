@@ -35,6 +35,7 @@ class TensorRingConfig:
     """
 
     kind: ClassVar[str] = "tensor_ring"
+    TENSORS: ClassVar[tuple[str, ...]] = ("core#",)
     ring_rank: int = 1
     factors: tuple[int, ...] = ()
     ring_init: str = "auto"
@@ -49,6 +50,11 @@ class TensorRingConfig:
         for field in ("identity_penalty", "orthogonal_penalty"):
             if not getattr(self, field) >= 0:
                 raise TriLoRAError(f"{field}={getattr(self, field)}: a weight of 0 or more")
+
+    @classmethod
+    def read(cls, shape: LayerShape, tensors: Mapping[str, Tensor]) -> "TensorRing | None":
+        """What a file's tensors make on a layer of this shape; None where they are another kind's."""
+        return TensorRing.from_tensors(shape, tensors)
 
     def build(self, shape: LayerShape, weight: Tensor, generator: torch.Generator) -> "TensorRing":
         """T = I, exactly but for R >= 3 with "paper" (fp32 rounding). Raises TriLoRAError for factors of another size."""
