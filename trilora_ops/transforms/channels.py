@@ -31,7 +31,10 @@ class ChannelTransform(nn.Module):
         """T x; x: (..., in) or, on a convolution, (B, in, *space) -> the same shape and dtype."""
         moved = x.movedim(1, -1) if self.shape.kernel else x
         y = self.rows(moved.reshape(-1, self.shape.inp).float()).view(moved.shape).to(x.dtype)
-        return y.movedim(-1, 1) if self.shape.kernel else y
+        if not self.shape.kernel:
+            return y
+        # in x's own memory order: another one makes the convolution choose another algorithm, and T = I inexact
+        return y.movedim(-1, 1).contiguous() if x.is_contiguous() else y.movedim(-1, 1)
 
     def delta(self, weight: Tensor) -> Tensor:
         """W0 (T - I), one mode at a time; weight: (out, columns) fp32 -> (out, columns)."""
