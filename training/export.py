@@ -26,7 +26,7 @@ def export_tensors(adapters: Mapping[str, Adapter], family: str, model_keys: Ite
         if transform:
             parts = {"transform": transform, "residual": adapter.residual.tensors()}
             tensors |= {f"{name}.{part}.{n}": t.cpu() for part, found in parts.items() for n, t in found.items()}
-            ranks[name] = getattr(adapter.residual, "rank", 0)
+            ranks[name] = adapter.residual.rank
         else:  # without a transform every residual is a low-rank pair: an ordinary LoRA file
             pair = canonicalise(adapter.residual.low_rank().cpu())
             ranks[name] = pair.rank

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -47,6 +47,18 @@ def read_part(part: str, shape: LayerShape, tensors: Mapping[str, Tensor]) -> nn
     return next(iter(found.values()))
 
 
+def is_known(part: str, names: Iterable[str]) -> bool:
+    """Whether exactly these tensor names make a part of some registered kind; shapes are `read_part`'s business."""
+    names = set(names)
+    for config in {"transform": TRANSFORMS, "residual": RESIDUALS}[part].values():
+        expected = set()
+        for pattern in config.TENSORS:
+            expected |= {pattern.replace("#", str(d)) for d in range(max(1, len(names)))} if "#" in pattern else {pattern}
+        if expected == names:
+            return True
+    return False
+
+
 def _collect(file: Mapping[str, Tensor], prefix: str, kinds: Mapping[str, type]) -> dict[str, Tensor]:
     tensors = {}
     for pattern in {pattern for config in kinds.values() for pattern in config.TENSORS}:
@@ -73,6 +85,16 @@ class Method:
     def name(self) -> str:
         """The pair's name in files and reports: the residual's kind, with the transform's in front where there is one."""
         return "+".join(kind for kind in (self.transform.kind, self.residual.kind) if kind != "none")
+
+    @property
+    def form(self) -> str:
+        """What its files hold: "svd", low-rank pairs in canonical form, or "transform", which needs this extension."""
+        return "svd" if self.transform.kind == "none" else "transform"
+
+    @property
+    def options(self) -> dict:
+        """All options of both halves, for metadata."""
+        return {"transform": {"kind": self.transform.kind, **asdict(self.transform)}, "residual": {"kind": self.residual.kind, **asdict(self.residual)}}
 
     def build(self, module: nn.Module, weight: torch.Tensor, generator: torch.Generator) -> Adapter:
         """The adapter of one frozen layer, on the CPU in fp32, equal to the identity.

@@ -39,6 +39,11 @@ class LowRankResidual(nn.Module):
         """(up (out, r), down (r, columns)) with every scale inside, differentiable, fp32."""
         raise NotImplementedError(f"{type(self).__name__} must give its factors")
 
+    @property
+    def rank(self) -> int:
+        """r of the pair of factors."""
+        return self.factors()[1].shape[0]
+
     def delta(self) -> Tensor:
         """R = up * down, (out, columns), fp32."""
         up, down = self.factors()

@@ -38,6 +38,11 @@ class NoResidual(nn.Module):
         super().__init__()
         self.shape = shape
 
+    @property
+    def rank(self) -> int:
+        """0."""
+        return 0
+
     def delta(self) -> Tensor:
         """R = 0, (out, columns)."""
         return torch.zeros(self.shape.out, self.shape.columns)
