@@ -181,11 +181,11 @@ def _check_strict(state: AdapterState) -> None:
     plain = {key.removesuffix(end) for key in state for end in (UP, DOWN, ALPHA) if key.endswith(end)}
     parts = _parts(state)
     unknown = [key for key in state if not key.endswith((UP, DOWN, ALPHA)) and not any(f".{part}." in key for part in PARTS)]
-    unknown += [f"{name}.{part}.({', '.join(sorted(names))})" for name, found in parts.items() for part, names in found.items()
-                if not is_known(part, names)]
+    unknown += [f"{name}.{part}.{tensor}" for name, found in parts.items() for part, names in found.items()
+                if not is_known(part, names) for tensor in sorted(names)]
     missing = [name + end for name in sorted(plain) for end in (UP, DOWN, ALPHA) if name + end not in state]
     if unknown or missing:
-        found = "; ".join(f"{what}: {', '.join(keys[:5])}" for what, keys in (("unknown or incomplete", unknown), ("missing", missing)) if keys)
+        found = "; ".join(f"{what}: {', '.join(keys[:5])}" for what, keys in (("unknown", unknown), ("missing", missing)) if keys)
         raise TriLoRAError(f"not a complete TriLoRA file ({found}); copy or save it again")
     split_layers(state)
 

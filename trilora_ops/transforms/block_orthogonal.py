@@ -16,7 +16,8 @@ from .channels import ChannelTransform
 
 @dataclass(frozen=True)
 class BlockOrthogonalConfig:
-    """block: size b >= 2 of the blocks; a layer whose input size it does not divide gets the next smaller divisor."""
+    """block: size b >= 2 of the blocks; a layer whose input size it does not divide gets the nearest divisor below, or
+    above where there is none (a prime size becomes one block)."""
 
     kind: ClassVar[str] = "block_orthogonal"
     TENSORS: ClassVar[tuple[str, ...]] = ("skew",)
@@ -33,7 +34,8 @@ class BlockOrthogonalConfig:
 
     def build(self, shape: LayerShape, weight: Tensor, generator: torch.Generator) -> "BlockOrthogonal":
         """S = 0, so T = I exactly; nothing is drawn."""
-        block = next(size for size in range(min(self.block, shape.inp), 0, -1) if shape.inp % size == 0)
+        divisors = [size for size in range(2, shape.inp + 1) if shape.inp % size == 0] or [1]
+        block = max((size for size in divisors if size <= self.block), default=divisors[0])
         return BlockOrthogonal(shape, torch.zeros(shape.inp // block, block * (block - 1) // 2))
 
 

@@ -118,6 +118,8 @@ def ring_product(cores: list[Tensor], x: Tensor) -> Tensor:
 
     cores: (Jd, Jd, R, R); x: (n, J) -> (n, J). Costs J * sum(Jd) products a row for R = 1.
     """
+    if len(cores) == 1:  # a ring of one closes on itself
+        return x @ cores[0].diagonal(dim1=2, dim2=3).sum(-1).t()
     sizes, rank, n = [core.shape[0] for core in cores], cores[0].shape[2], x.shape[0]
     if rank == 1:
         y = x.view(n, *sizes)
