@@ -44,8 +44,8 @@ class NoResidual(nn.Module):
         return 0
 
     def delta(self) -> Tensor:
-        """R = 0, (out, columns)."""
-        return torch.zeros(self.shape.out, self.shape.columns)
+        """R = 0, as the scalar that adds to a transform's part on any device."""
+        return torch.zeros(())
 
     def add_output(self, y: Tensor, x: Tensor) -> Tensor:
         """y + R x = y."""
