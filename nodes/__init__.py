@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
+from .comfy_transforms import register
 from .dataset import TrainingDatasetNode
 from .load import TriLoRALoader
 from .methods import LoraMethodNode, TriLoraMethodNode
@@ -18,6 +19,9 @@ NODES: list[type[io.ComfyNode]] = [
 
 class TriLoRAExtension(ComfyExtension):
     """What the host asks for its list of nodes."""
+
+    def __init__(self):
+        register()
 
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

@@ -12,10 +12,12 @@ import torch
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 from torch import Tensor
 
+from ..trilora_ops.adapter import LayerShape
 from ..trilora_ops.checkpoint import AdapterState
 from ..trilora_ops.errors import TriLoRAError
 from ..trilora_ops.factors import LowRank, canonicalise, is_canonical, keep_rank
 from ..trilora_ops.merge import add_low_rank_
+from .comfy_transforms import TransformPatch
 
 log = logging.getLogger("trilora")
 _IDENTITY = (lambda a: a).__code__.co_code
@@ -128,6 +130,12 @@ def _check_shape(name: str, target, patch, shapes: Mapping[str, torch.Size]) -> 
     expected = list(shapes[key])
     if offset is not None:
         expected[offset[0]] = offset[2]
+    if isinstance(patch, TransformPatch):
+        try:
+            patch.adapter(LayerShape(expected[0], expected[1], tuple(expected[2:])), torch.device("cpu"))
+        except TriLoRAError as error:
+            raise TriLoRAError(f"{name}: its layer for {key}: {error}; nothing was applied") from None
+        return
     if isinstance(patch, LoRAAdapter):
         up, down, _, mid, _, reshape = patch.weights
         if mid is not None or reshape is not None:

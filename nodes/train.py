@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import time
@@ -164,7 +163,7 @@ def _picture(node, losses: list[float], title: str, fixed: tuple[float, float]) 
 
 def _export(host: ComfyHost, adapters, dataset: EncodedDataset, method, settings: TrainingConfig, progress: Progress) -> AdapterState:
     tensors, ranks = export_tensors(adapters, host.family(), host.layers())
-    metadata = describe(method=method.name, options=dataclasses.asdict(method.residual), plan=ranks,
+    metadata = describe(method=method.name, form=method.form, options=method.options, plan=ranks,
                         family=host.family(), prediction=host.prediction, base=host.fingerprint(),
                         training=settings.as_dict(), trigger=dataset.trigger, tag_frequency=dataset.tag_frequency,
                         images=len(dataset.images), steps_done=progress.done)

@@ -51,7 +51,7 @@ def test_the_text():
 
 
 def metadata(**changes):
-    facts = {"method": "trilora", "options": {"rank": 4, "alpha": 0.0}, "plan": {"a": 4, "b": 4}, "family": "sd1", "prediction": "eps", "base": "abc",
+    facts = {"method": "trilora", "form": "svd", "options": {"rank": 4, "alpha": 0.0}, "plan": {"a": 4, "b": 4}, "family": "sd1", "prediction": "eps", "base": "abc",
              "training": TrainingConfig().as_dict(), "trigger": "sks", "tag_frequency": {"cat": 2}, "images": 9, "steps_done": 7}
     return describe(**{**facts, **changes})
 

@@ -22,7 +22,13 @@ def export_tensors(adapters: Mapping[str, Adapter], family: str, model_keys: Ite
     tensors, ranks = {}, {}
     for key, adapter in adapters.items():
         name = public_name(key, family, layout)
-        pair = canonicalise(adapter.residual.low_rank().cpu())
-        ranks[name] = pair.rank
-        tensors |= FileLayer(pair, adapter.shape.kernel).tensors(name)
+        transform = adapter.transform.tensors()
+        if transform:
+            parts = {"transform": transform, "residual": adapter.residual.tensors()}
+            tensors |= {f"{name}.{part}.{n}": t.cpu() for part, found in parts.items() for n, t in found.items()}
+            ranks[name] = adapter.residual.rank
+        else:  # without a transform every residual is a low-rank pair: an ordinary LoRA file
+            pair = canonicalise(adapter.residual.low_rank().cpu())
+            ranks[name] = pair.rank
+            tensors |= FileLayer(pair, adapter.shape.kernel).tensors(name)
     return tensors, ranks

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .errors import TriLoRAError
 from .factors import LowRank, canonicalise
+from .registry import is_known
 
 FORMAT = "trilora"
 VERSION = "1"
@@ -24,6 +25,8 @@ PAIRS = ((".lora_up.weight", ".lora_down.weight"), (".lora_B.weight", ".lora_A.w
          (".lora_B", ".lora_A"), (".lora_linear_layer.up.weight", ".lora_linear_layer.down.weight"),
          (".lora_B.default.weight", ".lora_A.default.weight"))
 UP, DOWN, ALPHA = ".lora_up.weight", ".lora_down.weight", ".alpha"
+# the two halves of a layer with a transform: <layer>.transform.<tensor>, <layer>.residual.<tensor>
+PARTS = ("transform", "residual")
 # companions that make a layer more than up * down
 _NOT_PLAIN = (".lora_mid.weight", ".dora_scale", ".lora_magnitude_vector", ".reshape_weight")
 
@@ -175,10 +178,24 @@ def _check_strict(state: AdapterState) -> None:
     version = state.metadata.get("trilora.version")
     if version != VERSION:
         raise TriLoRAError(f"trilora.version={version!r}: this release reads version {VERSION}; update ComfyUI-TriLoRA")
-    names = {key.removesuffix(end) for key in state for end in (UP, DOWN, ALPHA) if key.endswith(end)}
-    unknown = [key for key in state if not key.endswith((UP, DOWN, ALPHA))]
-    missing = [name + end for name in sorted(names) for end in (UP, DOWN, ALPHA) if name + end not in state]
+    plain = {key.removesuffix(end) for key in state for end in (UP, DOWN, ALPHA) if key.endswith(end)}
+    parts = _parts(state)
+    unknown = [key for key in state if not key.endswith((UP, DOWN, ALPHA)) and not any(f".{part}." in key for part in PARTS)]
+    unknown += [f"{name}.{part}.{tensor}" for name, found in parts.items() for part, names in found.items()
+                if not is_known(part, names) for tensor in sorted(names)]
+    missing = [name + end for name in sorted(plain) for end in (UP, DOWN, ALPHA) if name + end not in state]
     if unknown or missing:
         found = "; ".join(f"{what}: {', '.join(keys[:5])}" for what, keys in (("unknown", unknown), ("missing", missing)) if keys)
         raise TriLoRAError(f"not a complete TriLoRA file ({found}); copy or save it again")
     split_layers(state)
+
+
+def _parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, set[str]]]:
+    """Layer name -> {"transform": tensor names, "residual": tensor names}, for layers that have either."""
+    layers: dict[str, dict[str, set[str]]] = {}
+    for key in tensors:
+        for part in PARTS:
+            name, mark, tensor = key.rpartition(f".{part}.")
+            if mark:
+                layers.setdefault(name, {p: set() for p in PARTS})[part].add(tensor)
+    return layers

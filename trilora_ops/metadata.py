@@ -19,20 +19,21 @@ _ARCHITECTURE = {("sd1", "eps"): "stable-diffusion-v1/lora", ("sd2", "eps"): "st
 _BASE_VERSION = {("sd1", "eps"): "sd_v1", ("sd2", "eps"): "sd_v2", ("sd2", "v"): "sd_v2_768_v", ("sdxl", "eps"): "sdxl_base_v1-0"}
 
 
-def describe(*, method: str, options: Mapping, plan: Mapping[str, int], family: str, prediction: str, base: str, training: Mapping,
-             trigger: str, tag_frequency: Mapping[str, int], images: int, steps_done: int) -> dict[str, str]:
+def describe(*, method: str, form: str, options: Mapping, plan: Mapping[str, int], family: str, prediction: str, base: str,
+             training: Mapping, trigger: str, tag_frequency: Mapping[str, int], images: int, steps_done: int) -> dict[str, str]:
     """Metadata of a freshly trained adapter.
 
-    options: of the method; plan: layer name -> rank; prediction: the base model's, "eps", "v" or "flow"; base: fingerprint of the base model; training: the settings as
+    form: "svd" (canonical low-rank layers) or "transform"; options: of the method; plan: layer name -> rank; prediction:
+    the base model's, "eps", "v" or "flow"; base: fingerprint of the base model; training: the settings as
     numbers and strings; tag_frequency: tag -> images that have it; steps_done: optimizer steps made.
     """
     ranks = sorted(set(plan.values()))
     metadata = {
-        "trilora.format": FORMAT, "trilora.version": VERSION, "trilora.form": "svd", "trilora.method": method,
+        "trilora.format": FORMAT, "trilora.version": VERSION, "trilora.form": form, "trilora.method": method,
         "trilora.options": json.dumps(dict(options), sort_keys=True), "trilora.plan": json.dumps(dict(plan), sort_keys=True),
         "trilora.family": family, "trilora.base_fingerprint": base, "trilora.training": json.dumps(dict(training), sort_keys=True),
         "trilora.trigger": trigger, "trilora.steps": str(steps_done),
-        "ss_network_module": "networks.lora", "ss_network_dim": str(ranks[-1]) if len(ranks) == 1 else "Dynamic",
+        "ss_network_dim": str(ranks[-1]) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": "Dynamic",  # canonical form: rank * c, with c of each layer
         "ss_learning_rate": str(training.get("learning_rate")), "ss_max_train_steps": str(training.get("steps")),
         "ss_steps": str(steps_done), "ss_batch_size_per_device": str(training.get("batch_size")),
@@ -43,6 +44,8 @@ def describe(*, method: str, options: Mapping, plan: Mapping[str, int], family: 
         "modelspec.sai_model_spec": "1.0.0", "modelspec.implementation": "diffusers",
         "modelspec.date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"), "modelspec.trigger_phrase": trigger,
     }
+    if form == "svd":  # what kohya's tools would read; a transform file is not theirs
+        metadata["ss_network_module"] = "networks.lora"
     if (family, prediction) in _ARCHITECTURE:
         metadata |= {"modelspec.architecture": _ARCHITECTURE[family, prediction], "ss_base_model_version": _BASE_VERSION[family, prediction]}
     return metadata

@@ -61,7 +61,7 @@ def run(output: Path, style: str = STYLES[0], seed: int = 0, on_step=lambda prog
             raise stop.__cause__ from None
         after = evaluate(host, adapters, samples, settings, draws=24)
     tensors, ranks = export_tensors(adapters, FAMILY, host.layers())
-    metadata = describe(method=METHOD.name, options=dataclasses.asdict(METHOD.residual), plan=ranks, family="the small world", prediction=host.prediction,
+    metadata = describe(method=METHOD.name, form=METHOD.form, options=METHOD.options, plan=ranks, family="the small world", prediction=host.prediction,
                         base=host.fingerprint(), training=settings.as_dict(), trigger=TRIGGER,
                         tag_frequency=tag_frequency(prompt for _, prompt in lessons), images=len(lessons), steps_done=progress.done)
     file = output / "adapter.safetensors"

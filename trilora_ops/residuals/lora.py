@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ..adapter import LayerShape
 from ..errors import TriLoRAError
-from .low_rank import LowRankResidual, check_rank
+from .low_rank import FixedLowRank, LowRankResidual, check_rank
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,17 @@ class LoraConfig:
     """
 
     kind: ClassVar[str] = "lora"
+    TENSORS: ClassVar[tuple[str, ...]] = ("up", "down", "scale")
     rank: int = 16
     alpha: float = 0.0
 
     def __post_init__(self):
         check_rank_and_alpha(self.rank, self.alpha)
+
+    @classmethod
+    def read(cls, shape: LayerShape, tensors: Mapping[str, Tensor]) -> "FixedLowRank | None":
+        """What a file's tensors make on a layer of this shape; None where they are another kind's."""
+        return FixedLowRank.from_tensors(shape, tensors)
 
     def build(self, shape: LayerShape, weight: Tensor, generator: torch.Generator) -> "LoraResidual":
         """Draw `down` kaiming-uniform (bound 1/sqrt(columns)), `up` zero. Raises TriLoRAError for a rank above the layer's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from ..adapter import LayerShape
 from ..errors import TriLoRAError
-from ..factors import LowRank
+from ..factors import LowRank, canonicalise
 
 
 def check_rank(rank: int, shape: LayerShape, name: str = "rank") -> int:
@@ -38,6 +39,11 @@ class LowRankResidual(nn.Module):
         """(up (out, r), down (r, columns)) with every scale inside, differentiable, fp32."""
         raise NotImplementedError(f"{type(self).__name__} must give its factors")
 
+    @property
+    def rank(self) -> int:
+        """r of the pair of factors."""
+        return self.factors()[1].shape[0]
+
     def delta(self) -> Tensor:
         """R = up * down, (out, columns), fp32."""
         up, down = self.factors()
@@ -54,6 +60,34 @@ class LowRankResidual(nn.Module):
         up, down = self.factors()
         return LowRank(up.detach().clone(), down.detach().clone(), 1.0)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """"up" and "down" in canonical form, for files in which a transform stands beside the residual."""
+        pair = canonicalise(self.low_rank())
+        return {"up": pair.up, "down": pair.down, "scale": torch.tensor(pair.scale)}
+
     def penalty(self) -> Tensor:
         """0: no regulariser unless a kind has one."""
         return torch.zeros(())
+
+
+class FixedLowRank(LowRankResidual):
+    """R = scale * up * down as read from a file."""
+
+    def __init__(self, shape: LayerShape, pair: LowRank):
+        super().__init__(shape)
+        self.pair = pair
+
+    @classmethod
+    def from_tensors(cls, shape: LayerShape, tensors: Mapping[str, Tensor]) -> "FixedLowRank | None":
+        """The residual of a file, or None where these are another kind's. Raises TriLoRAError for shapes of another layer."""
+        if set(tensors) != {"up", "down", "scale"}:
+            return None
+        up, down = tensors["up"], tensors["down"]
+        if up.ndim != 2 or down.ndim != 2 or (len(up), down.shape[1]) != (shape.out, shape.columns) or up.shape[1] != len(down):
+            raise TriLoRAError(f"residual.up is {tuple(up.shape)} and residual.down {tuple(down.shape)}, expected ({shape.out}, r) and "
+                               f"(r, {shape.columns}); they are another layer's")
+        return cls(shape, LowRank(up, down, float(tensors["scale"])))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(scale * up, down), fp32."""
+        return self.pair.up.float() * self.pair.scale, self.pair.down.float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ from ..adapter import LayerShape
 from ..errors import TriLoRAError
 from ..singular_values import rank_for_energy, top_singular_values
 from .lora import check_rank_and_alpha
-from .low_rank import LowRankResidual, check_rank
+from .low_rank import FixedLowRank, LowRankResidual, check_rank
 
 CORES = ("diagonal", "full")
 SIGMA_INITS = ("svd_relative", "svd", "ones")
@@ -33,6 +34,7 @@ class TriLoraConfig:
     """
 
     kind: ClassVar[str] = "trilora"
+    TENSORS: ClassVar[tuple[str, ...]] = ("up", "down", "scale")
     rank: int = 16
     alpha: float = 0.0
     core: str = "diagonal"
@@ -56,6 +58,11 @@ class TriLoraConfig:
             raise TriLoRAError(f"energy={self.energy}: a share between 0 (fixed rank) and 1")
         if not self.orthogonality >= 0:
             raise TriLoRAError(f"orthogonality={self.orthogonality}: a weight of 0 or more")
+
+    @classmethod
+    def read(cls, shape: LayerShape, tensors: Mapping[str, Tensor]) -> "FixedLowRank | None":
+        """What a file's tensors make on a layer of this shape; None where they are another kind's."""
+        return FixedLowRank.from_tensors(shape, tensors)
 
     def build(self, shape: LayerShape, weight: Tensor, generator: torch.Generator) -> "TriLoraResidual":
         """U ~ N(0, 1/r2^2), Vt = 0, C from W0's spectrum, so R = 0 exactly.

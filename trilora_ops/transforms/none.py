@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,6 +17,12 @@ class NoTransformConfig:
     """No options."""
 
     kind: ClassVar[str] = "none"
+    TENSORS: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def read(cls, shape: LayerShape, tensors: Mapping[str, Tensor]) -> "NoTransform | None":
+        """What a file's tensors make on a layer of this shape; None where they are another kind's."""
+        return NoTransform.from_tensors(shape, tensors)
 
     def build(self, shape: LayerShape, weight: Tensor, generator: torch.Generator) -> "NoTransform":
         """Return T = I; nothing is drawn."""
@@ -34,6 +41,15 @@ class NoTransform(nn.Module):
     def delta(self, weight: Tensor) -> Tensor:
         """W0 (T - I) = 0, shape and device of `weight`."""
         return torch.zeros_like(weight)
+
+    @classmethod
+    def from_tensors(cls, shape: LayerShape, tensors: Mapping[str, Tensor]) -> "NoTransform | None":
+        """T = I where a file holds no tensors for a transform."""
+        return None if tensors else cls()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """None."""
+        return {}
 
     def penalty(self) -> Tensor:
         """0."""

@@ -1,0 +1,80 @@
+"""Transform adapters as a class of the host's own list, so that every loader there is loads them."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import comfy.weight_adapter
+import torch
+from comfy.weight_adapter import WeightAdapterBase
+from torch import Tensor
+
+from ..trilora_ops.adapter import Adapter, LayerShape
+from ..trilora_ops.errors import TriLoRAError
+from ..trilora_ops.registry import collect_tensors, read_adapter_tensors, read_part
+
+log = logging.getLogger("trilora")
+
+
+class TransformPatch(WeightAdapterBase):
+    """W' = W0 T + R from a file's `<layer>.transform.*` and `<layer>.residual.*`.
+
+    Holds (loaded_keys, (transform, residual)), each part a tuple of (name, tensor) pairs: the host rebuilds an adapter
+    from just these. Strength is linear: W + strength * (W' - W). Products run in fp32 whatever the weight's dtype.
+    """
+
+    name = "trilora_transform"
+
+    def __init__(self, loaded_keys, weights):
+        self.loaded_keys, self.weights = loaded_keys, weights
+
+    @classmethod
+    def load(cls, x, lora, alpha, dora_scale, loaded_keys=None):
+        """The layer named `x` of a file, or None where it has no transform."""
+        transform, residual = collect_tensors(lora, x)
+        if not transform:
+            return None
+        loaded_keys = set() if loaded_keys is None else loaded_keys
+        loaded_keys.update(f"{x}.transform.{name}" for name in transform)
+        loaded_keys.update(f"{x}.residual.{name}" for name in residual)
+        return cls(loaded_keys, (tuple(transform.items()), tuple(residual.items())))
+
+    def adapter(self, shape: LayerShape, device: torch.device) -> Adapter:
+        """The adapter on a layer of `shape`, fp32. Raises TriLoRAError where the tensors are another layer's."""
+        parts = [{name: tensor.to(device, torch.float32) for name, tensor in part} for part in self.weights]
+        return read_adapter_tensors(shape, *parts).requires_grad_(False)
+
+    @torch.no_grad()
+    def calculate_weight(self, weight, key, strength, strength_model, offset, function,
+                         intermediate_dtype=torch.float32, original_weight=None):
+        """W += strength * function(W0 (T - I) + R), in place; a broken layer is reported and left alone, as the host does."""
+        try:
+            delta = self.adapter(shape_of(weight), weight.device).delta(weight)
+        except TriLoRAError as error:
+            log.error("ERROR %s %s %s", self.name, key, error)
+            return weight
+        weight += function((strength * delta).view(weight.shape).to(weight.dtype))
+        return weight
+
+    @torch.no_grad()
+    def bypass_forward(self, org_forward, x: Tensor, *args, **kwargs) -> Tensor:
+        """f(x + strength (T x - x)) + strength R x: what the merged layer gives, its weight left alone (0.33.0)."""
+        conv = self.is_conv
+        geometry = (self.kw_dict["stride"], self.kw_dict["padding"], self.kw_dict["dilation"]) if conv else ()
+        shape = LayerShape(0, x.shape[1] if conv else x.shape[-1], self.kernel_size if conv else (), *geometry)
+        transform, residual = [{name: tensor.to(x.device, torch.float32) for name, tensor in part} for part in self.weights]
+        y = org_forward(x + self.multiplier * (read_part("transform", shape, transform).act(x) - x), *args, **kwargs)
+        shape = dataclasses.replace(shape, out=y.shape[1] if conv else y.shape[-1])
+        return y + self.multiplier * read_part("residual", shape, residual).add_output(torch.zeros_like(y), x)
+
+
+def shape_of(weight: Tensor) -> LayerShape:
+    """The layer's shape as its weight tells it: (out, in, *kernel)."""
+    return LayerShape(weight.shape[0], weight.shape[1], tuple(weight.shape[2:]))
+
+
+def register() -> None:
+    """Append our class to the host's list, once however often the pack is loaded."""
+    if not any(adapter.name == TransformPatch.name for adapter in comfy.weight_adapter.adapters):
+        comfy.weight_adapter.adapters.append(TransformPatch)
