@@ -101,4 +101,4 @@ def test_unet_names_are_the_ones_other_tools_write(layout, pack_module):
                  "lora_unet_output_blocks_3_1_proj_out", "lora_unet_middle_block_0_in_layers_2"},
         "generic": set(),
     }  # fmt: skip
-    assert shared[family] <= names
+    assert shared[{"sd2": "sd1"}.get(family, family)] <= names
