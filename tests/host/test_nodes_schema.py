@@ -7,6 +7,7 @@ import logging
 import re
 import sys
 
+import comfy.weight_adapter
 import pytest
 from comfyui_trilora.benchmarks.installation import ROOT
 
@@ -23,6 +24,7 @@ def fresh_load(stock_nodes, tmp_path, monkeypatch, caplog):
     place.symlink_to(ROOT, target_is_directory=True)
     for name in ("NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "EXTENSION_WEB_DIRS", "LOADED_MODULE_DIRS"):
         monkeypatch.setattr(stock_nodes, name, dict(getattr(stock_nodes, name)))
+    monkeypatch.setattr(comfy.weight_adapter, "adapters", list(comfy.weight_adapter.adapters))
     package, imported, real_import, before = str(place).replace(".", "_x_"), set(), builtins.__import__, set(sys.modules)
 
     def recording(name, globals=None, locals=None, fromlist=(), level=0):
