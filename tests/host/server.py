@@ -124,7 +124,7 @@ class StartedHost:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             self._check_alive()
-            entry = self.get_json(f"/history/{prompt_id}").get(prompt_id)
+            entry = self.get_json(f"/history/{prompt_id}", timeout).get(prompt_id)  # a thrashing machine answers late
             if entry and entry["status"]["status_str"] == "success":
                 return entry
             if entry:
