@@ -21,21 +21,22 @@ import torch
 from measure import MIB, PACKAGE, module
 
 RANK = 16
+STRENGTHS = [1.0, 0.9, 0.8, 0.7, 0.6, 0.95, 0.85, 0.75, 0.65, 0.55]  # of the first file, the second, ...
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 def ours(model, names: list[str]):
     """The model with every file on it, through the TriLoRA Loader."""
     node = module(f"{PACKAGE}.nodes.load").TriLoRALoader
-    for name in names:
-        model = node.execute(model, name, 1.0, 0).args[0]
+    for name, strength in zip(names, STRENGTHS, strict=False):
+        model = node.execute(model, name, strength, 0).args[0]
     return model
 
 
 def peer(model, names: list[str]):
     """The same through the host's LoraLoaderModelOnly."""
-    for name in names:
-        model = module("nodes").LoraLoaderModelOnly().load_lora_model_only(model, name, 1.0)[0]
+    for name, strength in zip(names, STRENGTHS, strict=False):
+        model = module("nodes").LoraLoaderModelOnly().load_lora_model_only(model, name, strength)[0]
     return model
 
 
@@ -106,11 +107,11 @@ def row(times: dict, peaks: dict, first: list[str]) -> list[str]:
     return [*cells, f"{peaks['ours'] / MIB:.0f} / {peaks['peer'] / MIB:.0f} MiB"]
 
 
-def main() -> None:
-    """Prints one table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(description: str, load: Callable, files: list[int]) -> None:
+    """Prints one table: `load`, a function as `ours`, against `peer`. files: how many of them by default."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=7, help="timed runs of each side (default 7)")
-    parser.add_argument("--files", type=int, nargs="+", default=[1, 5], help="numbers of files (default 1 5)")
+    parser.add_argument("--files", type=int, nargs="+", default=files, help=f"numbers of files, at most {len(STRENGTHS)} (default {files})")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="of the base weights (default both)")
     parser.add_argument("--small", action="store_true", help="a U-Net of 74 million parameters, for a quick look")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -128,7 +129,7 @@ def main() -> None:
                 if not (models / "loras" / name).exists():
                     layers = sd15.write_lora(models / "loras" / name, model, RANK, seed)
             for count in args.files:
-                sides = {"ours": Side(ours, model, names[:count]), "peer": Side(peer, model, names[:count])}
+                sides = {"ours": Side(load, model, names[:count]), "peer": Side(peer, model, names[:count])}
                 difference = compare(sides, model)  # the warm-up too
                 peaks = {}
                 for name, side in sides.items():
@@ -148,4 +149,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, ours, [1, 5])

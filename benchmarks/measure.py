@@ -17,9 +17,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import installation
 import torch
+from installation import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "comfyui_trilora"
 MIB = 2**20
 
@@ -34,28 +35,21 @@ def start_host(base: Path, device: str) -> str:
 
     base: directory for everything the host reads or writes; device: "cpu" or "cuda".
     """
-    path = Path(os.environ.get("COMFYUI_PATH", ""))
-    if not (path / "comfyui_version.py").is_file():
-        raise SystemExit("set COMFYUI_PATH to a ComfyUI directory, and run this with that ComfyUI's own Python")
     for folder in ("models/diffusion_models", "models/loras", "input", "output", "temp", "user", "custom_nodes"):
         (base / folder).mkdir(parents=True, exist_ok=True)
-    sys.path.insert(0, str(path))
-    own, sys.argv = sys.argv, ["main.py", "--base-directory", str(base)]
     # the two sides of a pair stay loaded together: --gpu-only keeps the host from moving one away for the other
-    sys.argv += ["--cpu"] if device == "cpu" else ["--gpu-only"]
+    arguments = ["--base-directory", str(base), "--cpu" if device == "cpu" else "--gpu-only"]
     try:
-        module("comfy.options").enable_args_parsing()
-        for name in ("utils.extra_config", "utils.install_util", "nodes", "server"):  # main.py's order
-            module(name)
-    finally:
-        sys.argv = own
+        host = installation.import_host(Path(os.environ.get("COMFYUI_PATH", "")), arguments)
+    except installation.HostUnavailable as error:
+        raise SystemExit(f"{error}; set COMFYUI_PATH to a ComfyUI directory, and run this with that ComfyUI's own Python") from None
     module("logging").getLogger().setLevel("ERROR")
     module("comfy.utils").PROGRESS_BAR_ENABLED = False
     if importlib.util.find_spec(PACKAGE) is None:
         spec = importlib.machinery.ModuleSpec(PACKAGE, loader=None, is_package=True)
         spec.submodule_search_locations = [str(ROOT)]
         sys.modules[PACKAGE] = importlib.util.module_from_spec(spec)
-    return module("comfyui_version").__version__
+    return host.version
 
 
 class Coroutine:

@@ -5,15 +5,20 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
-from .comfy_transforms import register
+from . import comfy_diffusers, comfy_transforms
 from .dataset import TrainingDatasetNode
+from .extract import ExtractAdapter
+from .inspect import InspectAdapter
 from .load import TriLoRALoader
-from .methods import LoraMethodNode, TriLoraMethodNode
+from .methods import LoraMethodNode, TransformMethodNode, TriLoraMethodNode
 from .save import SaveAdapter
+from .stack import AdapterStack, ApplyStack
+from .tools import LoadAdapter, MergeAdapters, ResizeAdapter
 from .train import TrainAdapter, TrainingSettingsNode
 
 NODES: list[type[io.ComfyNode]] = [
-    TriLoRALoader, TrainingDatasetNode, TriLoraMethodNode, LoraMethodNode, TrainingSettingsNode, TrainAdapter, SaveAdapter,
+    TriLoRALoader, AdapterStack, ApplyStack, TrainingDatasetNode, TriLoraMethodNode, LoraMethodNode, TransformMethodNode, TrainingSettingsNode, TrainAdapter, SaveAdapter,
+    LoadAdapter, MergeAdapters, ResizeAdapter, ExtractAdapter, InspectAdapter,
 ]
 
 
@@ -21,7 +26,8 @@ class TriLoRAExtension(ComfyExtension):
     """What the host asks for its list of nodes."""
 
     def __init__(self):
-        register()
+        comfy_transforms.register()
+        comfy_diffusers.register()
 
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

@@ -37,11 +37,10 @@ class ComfyHost:
         self.model = self.patcher.model
         self.device = self.patcher.load_device
         self.sampling = self.patcher.get_model_object("model_sampling")
-        self.prediction = _prediction(self.sampling)
+        self.prediction = prediction_of(self.sampling)
         self.sigma_data = float(getattr(self.sampling, "sigma_data", 1.0))
         self.compute_dtype = self.model.manual_cast_dtype or self.model.get_dtype()
-        self._layers = {f"diffusion_model.{name}.weight": module
-                        for name, module in self.model.diffusion_model.named_modules() if _is_layer(module)}
+        self._layers = layers_of(self.model)
 
     def layers(self) -> Mapping[str, nn.Module]:
         """Target key -> linear layer or convolution of the denoiser."""
@@ -120,11 +119,8 @@ class ComfyHost:
         comfy.model_management.throw_exception_if_processing_interrupted()
 
     def family(self) -> str:
-        """Which names files of this model carry; see `trilora_ops.naming`."""
-        if isinstance(self.model, comfy.model_base.SDXL):
-            return "sdxl"
-        known = {"sd2": comfy.supported_models.SD20, "sd1": comfy.supported_models.SD15}
-        return next((name for name, config in known.items() if isinstance(self.model.model_config, config)), "generic")
+        """See `family_of`."""
+        return family_of(self.model)
 
     def fingerprint(self) -> str:
         """Identity of the base model's weights; quantised ones, whose values are packed, are left out."""
@@ -138,7 +134,21 @@ def _fused_attention(attention, *args, **kwargs) -> Tensor:
     return attention_pytorch(*args, **kwargs)
 
 
-def _prediction(sampling) -> str:
+def layers_of(model) -> dict[str, nn.Module]:
+    """Target key -> linear layer or convolution of a host model's denoiser."""
+    return {f"diffusion_model.{name}.weight": module for name, module in model.diffusion_model.named_modules() if _is_layer(module)}
+
+
+def family_of(model) -> str:
+    """Which names files of this host model carry; see `trilora_ops.naming`."""
+    if isinstance(model, comfy.model_base.SDXL):
+        return "sdxl"
+    known = {"sd2": comfy.supported_models.SD20, "sd1": comfy.supported_models.SD15}
+    return next((name for name, config in known.items() if isinstance(model.model_config, config)), "generic")
+
+
+def prediction_of(sampling) -> str:
+    """"eps", "v" or "flow", from the host's model sampling. Raises TriLoRAError for other kinds."""
     # the order matters: the host's classes inherit from each other
     for kind, prediction in (("IMG_TO_IMG_FLOW", ""), ("IMG_TO_IMG", ""), ("COSMOS_RFLOW", ""), ("V_PREDICTION_DDPM", ""),
                              ("X0", ""), ("V_PREDICTION", "v"), ("CONST", "flow"), ("EPS", "eps")):

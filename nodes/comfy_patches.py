@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import comfy.lora
 import comfy.lora_convert
 import torch
-from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
-from torch import Tensor
+from comfy.weight_adapter import LoRAAdapter
 
-from ..trilora_ops.adapter import LayerShape
 from ..trilora_ops.checkpoint import AdapterState
 from ..trilora_ops.errors import TriLoRAError
 from ..trilora_ops.factors import LowRank, canonicalise, is_canonical, keep_rank
 from ..trilora_ops.merge import add_low_rank_
-from .comfy_transforms import TransformPatch
+from ..trilora_ops.peft_config import name_dora_scales
+from .names import layer_names
+from .patch_shapes import check_shape, target_shapes
 
 log = logging.getLogger("trilora")
 _IDENTITY = (lambda a: a).__code__.co_code
@@ -30,56 +30,74 @@ class LowRankPatch(LoRAAdapter):
     rebuild it and its bypass mode works; everything but a plain low-rank merge is left to the parent.
     """
 
+    def pair(self) -> LowRank | None:
+        """The factors as matrices; None where a Tucker core, DoRA's magnitudes or a new shape make it more than up * down."""
+        up, down, alpha, *more = self.weights
+        if any(part is not None for part in more):
+            return None
+        return LowRank(up.flatten(1), down.flatten(1), 1.0 if alpha is None else alpha / down.shape[0])
+
     @torch.no_grad()
     def calculate_weight(self, weight, key, strength, strength_model, offset, function,
                          intermediate_dtype=torch.float32, original_weight=None):
         """W += strength * alpha / r * up * down, in place; a `function` patch gets the delta it asks for."""
-        up, down, alpha, mid, dora_scale, reshape = self.weights
-        own_work = mid is None and dora_scale is None and reshape is None and _is_identity(function) and weight.element_size() > 1
-        if not own_work:
+        pair = self.pair()
+        if pair is None or not is_identity(function) or weight.element_size() == 1:
             return super().calculate_weight(weight, key, strength, strength_model, offset, function, intermediate_dtype, original_weight)
-        scale = 1.0 if alpha is None else alpha / down.shape[0]
-        return add_low_rank_(weight, [(LowRank(up.flatten(1), down.flatten(1), scale), strength)])
+        return add_low_rank_(weight, [(pair, strength)])
 
 
 @dataclass(frozen=True)
-class Patches:
-    """Patches by the host's target key, and what became of the file's keys."""
+class Places:
+    """Where a file's layers can go: every name a file may give a layer -> the host's target key, and the weights' shapes."""
 
-    by_target: dict
-    unmatched: tuple[str, ...]
+    names: dict
+    shapes: dict[str, torch.Size]
+    has_clip: bool
+
+    @classmethod
+    def of(cls, model, clip) -> "Places":
+        """For a MODEL and an optional CLIP patcher."""
+        return cls(layer_names(model, clip), target_shapes(model, clip), clip is not None)
+
+    def patches(self, state: AdapterState, name: str, keep: int = 0) -> dict:
+        """Every layer of a file as a patch by the host's target key; low-rank ones as `LowRankPatch`, others as the host's own.
+
+        name: the file's, for messages; keep: directions kept of low-rank layers, 0 = all. Keys without a place in the
+        model are counted in the log. Raises TriLoRAError if none has one, or a layer's shape is wrong.
+        """
+        tensors = comfy.lora_convert.convert_lora(name_dora_scales(state))
+        found = {key: _heads(key, self.names) for key in tensors}
+        used = set().union(*found.values())
+        # the host tries every spelling of every name it is given: only those that the file has
+        try:
+            loaded = comfy.lora.load_lora(tensors, {head: self.names[head] for head in self.names if head in used}, log_missing=False)
+        except KeyError as error:
+            raise TriLoRAError(f"{name}: {error.args[0]} is missing, the other half of a layer; copy or download the file again; "
+                               "nothing was applied") from None
+        if not loaded:
+            raise TriLoRAError(f"{name}: none of its {len(tensors)} keys fits this model (for example {next(iter(tensors), 'none')}); "
+                               "it was made for another model family" + ("" if self.has_clip else ", or for a text encoder: connect CLIP"))
+        for target, patch in loaded.items():
+            check_shape(name, target, patch, self.shapes)
+        if keep and (others := sum(not _is_low_rank(patch) for patch in loaded.values())):
+            log.warning("%s: keep_rank left %d layers alone that are not low-rank", name, others)
+        unmatched = [key for key, heads in found.items() if not heads]
+        if unmatched:
+            log.warning("%s: %d of %d keys have no place in this model%s: %s", name, len(unmatched), len(state),
+                        "" if self.has_clip else " (no CLIP connected)", ", ".join(unmatched[:5]))
+        return {target: _own_patch(patch, keep) if type(patch) is LoRAAdapter else patch for target, patch in loaded.items()}
 
 
-def key_map(model, clip) -> dict:
-    """Every name that a file may give a layer -> the host's target key, for a MODEL and an optional CLIP patcher."""
-    names: dict = {}
-    names = comfy.lora.model_lora_keys_unet(model.model, names)
-    return names if clip is None else comfy.lora.model_lora_keys_clip(clip.cond_stage_model, names)
+def patches_from_state(state: AdapterState, model, clip, name: str, keep: int = 0) -> dict:
+    """`Places.patches` of one file on a model and an optional text encoder; nothing is applied by this."""
+    return Places.of(model, clip).patches(state, name, keep)
 
 
-def patches_from_state(state: AdapterState, model, clip, name: str, keep: int = 0) -> Patches:
-    """Every layer of a file as a patch; low-rank ones as `LowRankPatch`, other kinds as the host's own.
-
-    model, clip: patchers (clip may be None); name: the file's, for messages; keep: directions kept of low-rank layers,
-    0 = all. Raises TriLoRAError if nothing matches, or a matched layer's shape is wrong; nothing is applied by this.
-    """
-    names = key_map(model, clip)
-    tensors = comfy.lora_convert.convert_lora(dict(state))
-    loaded = comfy.lora.load_lora(tensors, names, log_missing=False)
-    unmatched = tuple(key for key in tensors if not _is_matched(key, names))
-    if not loaded:
-        raise TriLoRAError(f"{name}: none of its {len(tensors)} keys fits this model (for example {next(iter(tensors), 'none')}); "
-                           "it was made for another model family" + ("" if clip is not None else ", or for a text encoder: connect CLIP"))
-    shapes = _target_shapes(model, clip)
-    patches, other_kinds = {}, 0
-    for target, patch in loaded.items():
-        _check_shape(name, target, patch, shapes)
-        if keep and not _is_low_rank(patch):
-            other_kinds += 1
-        patches[target] = _own_patch(patch, keep) if type(patch) is LoRAAdapter else patch
-    if other_kinds:
-        log.warning("%s: keep_rank left %d layers alone that are not low-rank", name, other_kinds)
-    return Patches(patches, unmatched)
+def is_identity(function) -> bool:
+    """Whether a patch has no function: the host then puts `lambda a: a`, every one of which has this byte code."""
+    code = getattr(function, "__code__", None)
+    return function is None or (code is not None and code.co_code == _IDENTITY)
 
 
 def _is_low_rank(patch) -> bool:
@@ -99,54 +117,11 @@ def _own_patch(patch: LoRAAdapter, keep: int) -> LowRankPatch:
     return LowRankPatch(patch.loaded_keys, (up, down, alpha, mid, dora_scale, reshape))
 
 
-def _is_identity(function) -> bool:
-    # the host puts `lambda a: a` where a patch has no function; every such lambda has this byte code
-    code = getattr(function, "__code__", None)
-    return function is None or (code is not None and code.co_code == _IDENTITY)
-
-
-def _is_matched(key: str, names: Mapping) -> bool:
-    place = len(key)
+def _heads(key: str, names: Mapping) -> list[str]:
+    """The names in `names` that a file's key may begin with: cut off at any of its dots, with or without "_lora"."""
+    heads, place = [], len(key)
     while place > 0:
         head = key[:place]
-        if head in names or head.removesuffix("_lora") in names:
-            return True
+        heads += [name for name in {head, head.removesuffix("_lora")} if name in names]
         place = key.rfind(".", 0, place)
-    return False
-
-
-def _target_shapes(model, clip) -> dict[str, torch.Size]:
-    # parameters, not the state dict: a quantised layer's state dict holds its packed storage
-    shapes = {key: tensor.shape for key, tensor in model.model.named_parameters(remove_duplicate=False)}
-    if clip is not None:
-        shapes |= {key: tensor.shape for key, tensor in clip.cond_stage_model.named_parameters(remove_duplicate=False)}
-    return shapes
-
-
-def _check_shape(name: str, target, patch, shapes: Mapping[str, torch.Size]) -> None:
-    key, offset = (target, None) if isinstance(target, str) else (target[0], target[1] if len(target) > 1 else None)
-    if key not in shapes:
-        return
-    expected = list(shapes[key])
-    if offset is not None:
-        expected[offset[0]] = offset[2]
-    if isinstance(patch, TransformPatch):
-        try:
-            patch.adapter(LayerShape(expected[0], expected[1], tuple(expected[2:])), torch.device("cpu"))
-        except TriLoRAError as error:
-            raise TriLoRAError(f"{name}: its layer for {key}: {error}; nothing was applied") from None
-        return
-    if isinstance(patch, LoRAAdapter):
-        up, down, _, mid, _, reshape = patch.weights
-        if mid is not None or reshape is not None:
-            return
-        got = [up.shape[0], down.flatten(1).shape[1]]
-        wanted = [expected[0], torch.Size(expected[1:]).numel()]
-        fits = got == wanted and up.flatten(1).shape[1] == down.shape[0]
-    elif not isinstance(patch, WeightAdapterBase) and patch[0] == "diff" and isinstance(patch[1][0], Tensor):
-        got, wanted = list(patch[1][0].shape), expected
-        fits = got == wanted
-    else:
-        return
-    if not fits:
-        raise TriLoRAError(f"{name}: its layer for {key} is {tuple(got)}, expected {tuple(wanted)}; it was made for another model; nothing was applied")
+    return heads

@@ -42,8 +42,7 @@ class TransformPatch(WeightAdapterBase):
 
     def adapter(self, shape: LayerShape, device: torch.device) -> Adapter:
         """The adapter on a layer of `shape`, fp32. Raises TriLoRAError where the tensors are another layer's."""
-        parts = [{name: tensor.to(device, torch.float32) for name, tensor in part} for part in self.weights]
-        return read_adapter_tensors(shape, *parts).requires_grad_(False)
+        return read_adapter_tensors(shape, *(_ready(part, device) for part in self.weights)).requires_grad_(False)
 
     @torch.no_grad()
     def calculate_weight(self, weight, key, strength, strength_model, offset, function,
@@ -57,16 +56,26 @@ class TransformPatch(WeightAdapterBase):
         weight += function((strength * delta).view(weight.shape).to(weight.dtype))
         return weight
 
-    @torch.no_grad()
     def bypass_forward(self, org_forward, x: Tensor, *args, **kwargs) -> Tensor:
         """f(x + strength (T x - x)) + strength R x: what the merged layer gives, its weight left alone (0.33.0)."""
         conv = self.is_conv
         geometry = (self.kw_dict["stride"], self.kw_dict["padding"], self.kw_dict["dilation"]) if conv else ()
         shape = LayerShape(0, x.shape[1] if conv else x.shape[-1], self.kernel_size if conv else (), *geometry)
-        transform, residual = [{name: tensor.to(x.device, torch.float32) for name, tensor in part} for part in self.weights]
-        y = org_forward(x + self.multiplier * (read_part("transform", shape, transform).act(x) - x), *args, **kwargs)
+        # the host moves flat tuples only, and this runs in every forward pass
+        self.weights = tuple(tuple((name, tensor.to(x.device)) for name, tensor in part) for part in self.weights)
+        transform, residual = [_ready(part, x.device) for part in self.weights]
+        T = read_part("transform", shape, transform).requires_grad_(False)
+        y = org_forward(x + self.multiplier * (T.act(x) - x), *args, **kwargs)
         shape = dataclasses.replace(shape, out=y.shape[1] if conv else y.shape[-1])
-        return y + self.multiplier * read_part("residual", shape, residual).add_output(torch.zeros_like(y), x)
+        R = read_part("residual", shape, residual).requires_grad_(False)
+        return y + self.multiplier * R.add_output(torch.zeros_like(y), x)
+
+
+def _ready(part, device: torch.device) -> dict[str, Tensor]:
+    """A part's tensors in fp32 on `device`, as normal ones wherever a parameter must be made of them: loader nodes read
+    files in inference mode, and training loads the model outside of it."""
+    tensors = {name: tensor.to(device, torch.float32) for name, tensor in part}
+    return {name: t.clone() if t.is_inference() and not torch.is_inference_mode_enabled() else t for name, t in tensors.items()}
 
 
 def shape_of(weight: Tensor) -> LayerShape:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 
 import folder_paths
@@ -11,8 +10,6 @@ from comfy_api.latest import io
 from ..trilora_ops.checkpoint import AdapterState, read_adapter
 from . import compat
 from .comfy_patches import patches_from_state
-
-log = logging.getLogger("trilora")
 
 
 class TriLoRALoader(io.ComfyNode):
@@ -48,14 +45,23 @@ class TriLoRALoader(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, lora_name, **others):
         """Run again when the file itself has changed."""
-        path = lora_name and folder_paths.get_full_path("loras", lora_name)  # a linked name is None here
-        stat = os.stat(path) if path else None
-        return (lora_name, stat and (stat.st_mtime_ns, stat.st_size))
+        return (lora_name, file_stamp(lora_name))
 
     @classmethod
     def execute(cls, model, lora_name, strength_model, keep_rank, clip=None, strength_clip=1.0) -> io.NodeOutput:
-        state = read_adapter(folder_paths.get_full_path_or_raise("loras", lora_name))
-        return io.NodeOutput(*apply_state(state, model, clip, lora_name, strength_model, strength_clip, keep_rank))
+        return io.NodeOutput(*apply_state(read_file(lora_name), model, clip, lora_name, strength_model, strength_clip, keep_rank))
+
+
+def file_stamp(lora_name: str | None) -> tuple[int, int] | None:
+    """(time of change, size) of a LoRA file; None where there is none, as for a name that comes over a link."""
+    path = lora_name and folder_paths.get_full_path("loras", lora_name)
+    stat = os.stat(path) if path else None
+    return stat and (stat.st_mtime_ns, stat.st_size)
+
+
+def read_file(lora_name: str) -> AdapterState:
+    """The adapter of this name in the host's LoRA folders. Raises FileNotFoundError or what `read_adapter` raises."""
+    return read_adapter(folder_paths.get_full_path_or_raise("loras", lora_name))
 
 
 def apply_state(state: AdapterState, model, clip, name: str, strength_model: float, strength_clip: float, keep: int = 0):
@@ -64,14 +70,11 @@ def apply_state(state: AdapterState, model, clip, name: str, strength_model: flo
     Raises TriLoRAError before anything is patched if the adapter does not fit.
     """
     patches = patches_from_state(state, model, clip, name, keep)
-    if patches.unmatched:
-        log.warning("%s: %d of %d keys have no place in this model%s: %s", name, len(patches.unmatched), len(state),
-                    "" if clip is not None else " (no CLIP connected)", ", ".join(patches.unmatched[:5]))
     model = model.clone()
     if strength_model:
-        model.add_patches(patches.by_target, strength_model)
+        model.add_patches(patches, strength_model)
     if clip is not None:
         clip = clip.clone()
         if strength_clip:
-            clip.add_patches(patches.by_target, strength_clip)
+            clip.add_patches(patches, strength_clip)
     return model, clip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..trilora_ops.presets import PRESETS, build_method, pairs, sizes
 from ..trilora_ops.registry import Method as MethodPair
 from ..trilora_ops.residuals.lora import LoraConfig
 from ..trilora_ops.residuals.trilora import CORES, SIGMA_INITS, TriLoraConfig
@@ -68,3 +69,35 @@ class LoraMethodNode(io.ComfyNode):
     @classmethod
     def execute(cls, rank, alpha) -> io.NodeOutput:
         return io.NodeOutput(MethodPair(LoraConfig(rank, alpha)))
+
+
+class TransformMethodNode(io.ComfyNode):
+    """W' = W0 T + R, any pair of the registry."""
+
+    @classmethod
+    def define_schema(cls):
+        sized = sizes()
+        return compat.Schema(
+            node_id="TriLoRAMethodTransform",
+            display_name="Transform (method)",
+            category="TriLoRA/train",
+            description="A trained transform T of each layer's weight plus a trained residual R, W' = W·T + R: TLoRA, DoRA-like, OFT-like and "
+                        "other pairs. Its files need this extension.",
+            search_aliases=["tlora", "dora", "oft", "tensor ring"],
+            inputs=[
+                io.Combo.Input("pair", options=list(pairs()), default="TLoRA*",
+                               tooltip="Transform + residual. " + ", ".join(f"{name}: {t} + {r}" for name, (t, r) in PRESETS.items()) + "."),
+                io.Int.Input("transform_size", default=0, min=0, max=1024,
+                             tooltip=f"0 = the transform's default. It sets {', '.join(sized['transform'])}. Other transforms ignore it."),
+                io.Int.Input("rank", default=0, min=0, max=1024,
+                             tooltip=f"0 = the residual's default. It sets {', '.join(sized['residual'])}. Without a residual it is ignored."),
+                compat.advanced(io.String.Input("options", default="",
+                                                tooltip="Further options of the pair, such as ring_init=paper, alpha=2, factors=4x8x10. "
+                                                        "The help page lists them; a wrong name is answered with those that the pair has.")),
+            ],
+            outputs=[Method.Output(display_name="method", tooltip="For Train Adapter.")],
+        )
+
+    @classmethod
+    def execute(cls, pair, transform_size, rank, options) -> io.NodeOutput:
+        return io.NodeOutput(build_method(pair, transform_size, rank, options))

@@ -1,4 +1,4 @@
-"""Save Adapter: an adapter as a file that every LoRA loader reads."""
+"""Save Adapter: an adapter as a file, under the names that the tools of one world know."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
-from ..trilora_ops.checkpoint import AdapterState, canonical_state, write_adapter
+from ..trilora_ops.checkpoint import AdapterState, canonical_state, peft_state, write_adapter
 from ..trilora_ops.errors import TriLoRAError
+from ..trilora_ops.naming import STYLES
 from . import compat
+from .names import convert_names
 from .types import LoraModel
 
 log = logging.getLogger("trilora")
@@ -27,34 +29,52 @@ class SaveAdapter(io.ComfyNode):
             node_id="TriLoRASaveAdapter",
             display_name="Save Adapter",
             category="TriLoRA/train",
-            description="Writes the adapter to output/loras as an ordinary LoRA file in SVD form, readable with or without this extension.",
+            description="Writes the adapter to output/loras. Without a transform it is an ordinary LoRA file in SVD form, readable with "
+                        "or without this extension; with one, only ComfyUI with this extension can use it.",
             search_aliases=["save lora", "export lora"],
             is_output_node=True,
             inputs=[
                 LoraModel.Input("adapter", tooltip="From Train Adapter, or any LORA_MODEL."),
                 io.String.Input("name", default="my_adapter", tooltip="File name without ending; a number is added, nothing is overwritten."),
                 io.Combo.Input("dtype", options=list(DTYPES), default="fp16", tooltip="fp16 is what people share; fp32 rounds nothing and is twice as large."),
+                io.Combo.Input("keys", options=list(STYLES), default="kohya", optional=True,
+                               tooltip="Spelling of the layers' names: kohya for ComfyUI, A1111, Forge and most other tools; peft for diffusers and "
+                                       "PEFT; generic as ComfyUI calls its own weights. peft and generic need MODEL."),
+                io.Model.Input("model", optional=True, tooltip="The model the adapter is for. With it, all names are brought to one spelling; "
+                                                               "without it they stay as they come."),
+                io.Clip.Input("clip", optional=True, tooltip="Needed beside MODEL for an adapter that has layers for the text encoder."),
             ],
             outputs=[io.String.Output(display_name="lora_name", tooltip="The file's name as loaders list it.")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, adapter, name, dtype) -> io.NodeOutput:
-        state = adapter if isinstance(adapter, AdapterState) else AdapterState(adapter, getattr(adapter, "metadata", None))
-        if not state:
-            raise TriLoRAError("adapter: holds no tensors; connect the output of Train Adapter")
-        path = save_state(state, name, DTYPES[dtype])
+    def execute(cls, adapter, name, dtype, keys="kohya", model=None, clip=None) -> io.NodeOutput:
+        state = as_state(adapter)
+        if model is not None:
+            state = convert_names(state, model, clip, keys)
+        elif keys != "kohya":
+            raise TriLoRAError(f"keys={keys}: names can only be translated with the model they are for; connect MODEL, or choose kohya to keep them")
+        path = save_state(state, name, DTYPES[dtype], keys)
         text = f"{path}\n({os.path.getsize(path) / 2**20:.1f} MB, {dtype})"
         compat.show_text(text, cls.hidden.unique_id)
         listed = os.path.relpath(path, os.path.join(folder_paths.get_output_directory(), "loras"))
         return io.NodeOutput(listed, ui=ui.PreviewText(text))
 
 
-def save_state(state: AdapterState, name: str, dtype: torch.dtype) -> str:
-    """Write an adapter in canonical form under the output folder's loras/; returns the path.
+def as_state(adapter) -> AdapterState:
+    """A LORA_MODEL of any node as ours; core's has no metadata. Raises TriLoRAError for one without tensors."""
+    if not adapter:
+        raise TriLoRAError("adapter: holds no tensors; connect the output of Train Adapter")
+    return adapter if isinstance(adapter, AdapterState) else AdapterState(adapter, getattr(adapter, "metadata", None))
 
-    Raises TriLoRAError for a name that leads elsewhere or values the dtype cannot hold; then nothing is written.
+
+def save_state(state: AdapterState, name: str, dtype: torch.dtype, keys: str = "kohya") -> str:
+    """Write an adapter under the output folder's loras/; returns the path.
+
+    keys: "peft" gives the tensors PEFT's endings, every other style kohya's; the layers' names stay. Low-rank layers are
+    written in canonical form. Raises TriLoRAError for a name that leads elsewhere or values the dtype cannot hold; then
+    nothing is written.
     """
     root = os.path.abspath(os.path.join(folder_paths.get_output_directory(), "loras"))
     path = os.path.abspath(os.path.join(root, name.strip()))
@@ -62,7 +82,7 @@ def save_state(state: AdapterState, name: str, dtype: torch.dtype) -> str:
         raise TriLoRAError(f"name={name!r}: must be a file name, which may have subfolders inside output/loras; remove '..' and leading slashes")
     prefix = os.path.join("loras", os.path.relpath(path, root))
     with torch.inference_mode(False):
-        state = canonical_state(state)
+        state = peft_state(state) if keys == "peft" else canonical_state(state)
     folder, stem, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
     title = {"modelspec.title": stem, "ss_output_name": stem} if state.metadata else {}
     path = write_adapter(os.path.join(folder, f"{stem}_{counter:05}_.safetensors"), AdapterState(state, {**title, **state.metadata}), dtype)

@@ -80,7 +80,7 @@ class TrainAdapter(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model to train for. Its own weights do not change."),
                 Dataset.Input("dataset", tooltip="From Training Dataset."),
-                Method.Input("method", tooltip="From TriLoRA (method) or LoRA / LoCon (method)."),
+                Method.Input("method", tooltip="From one of the method nodes: TriLoRA, LoRA / LoCon or Transform."),
                 Settings.Input("settings", tooltip="From Training Settings."),
                 io.Combo.Input("target", options=list(TARGETS), default="attention",
                                tooltip="Which layers learn. " + " ".join(f"{name}: {what}." for name, what in TARGETS.items())),

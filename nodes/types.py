@@ -13,6 +13,8 @@ Method = io.Custom("TRILORA_METHOD")
 Settings = io.Custom("TRILORA_SETTINGS")
 LoraModel = io.Custom("LORA_MODEL")
 LossMap = io.Custom("LOSS_MAP")
+Stack = io.Custom("TRILORA_STACK")
+LoraStack = io.Custom("LORA_STACK")  # other packs' stackers: [(file name, strength on the model, strength on CLIP), ...]
 
 
 @dataclass(frozen=True)
@@ -34,3 +36,13 @@ class EncodedDataset:
     trigger: str
     tag_frequency: dict[str, int]
     summary: str
+
+
+@dataclass(frozen=True)
+class StackEntry:
+    """One file of an Adapter Stack; a TRILORA_STACK is a tuple of them. keep_rank 0 = all directions."""
+
+    name: str
+    strength_model: float
+    strength_clip: float
+    keep_rank: int = 0

@@ -16,6 +16,7 @@ from comfyui_trilora.trilora_ops.checkpoint import (
 )
 from comfyui_trilora.trilora_ops.errors import TriLoRAError
 from comfyui_trilora.trilora_ops.factors import LowRank, canonicalise
+from comfyui_trilora.trilora_ops.one_alpha import one_alpha
 from safetensors.torch import load_file, save_file
 
 MARK = {"trilora.format": "trilora", "trilora.version": "1", "trilora.form": "svd"}
@@ -30,7 +31,8 @@ def adapter_state(metadata=None, seed=0) -> AdapterState:
     """A linear layer of 7x12 and a convolution of 5x(4*3*2), in canonical form."""
     linear = canonicalise(LowRank(draw(7, 3, seed=seed), draw(3, 12, seed=seed + 1), 0.01))
     conv = canonicalise(LowRank(draw(5, 2, seed=seed + 2), draw(2, 24, seed=seed + 3), 2.0))
-    tensors = FileLayer(linear).tensors(LINEAR) | FileLayer(conv, (3, 2)).tensors(CONV)
+    pairs = one_alpha({LINEAR: linear, CONV: conv})
+    tensors = FileLayer(pairs[LINEAR]).tensors(LINEAR) | FileLayer(pairs[CONV], (3, 2)).tensors(CONV)
     return AdapterState(tensors, MARK if metadata is None else metadata)
 
 

@@ -1,4 +1,7 @@
-"""Files that other libraries really write: split into the right layers, with the delta those libraries apply."""
+"""The forms that files of other trainers come in: split into the right layers, with the delta those trainers apply.
+
+What peft, diffusers and LyCORIS really write and read is tested in interchange/.
+"""
 
 import pytest
 import torch
@@ -15,21 +18,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 
-class Small(nn.Module):
-    """Something for a library to adapt: a linear layer, a convolution and one it leaves alone."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc, self.conv, self.head = nn.Linear(6, 9), nn.Conv2d(4, 5, (3, 2)), nn.Linear(9, 2)
-
-
 def draw(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def deltas(before: dict, after: dict) -> dict:
-    """What a library's own merge has added to each weight, flattened to matrices."""
-    return {key: (after[key] - before[key]).flatten(1) for key in before if after[key].ndim > 1 and not torch.equal(before[key], after[key])}
 
 
 def assert_layers(path, expected: dict, tmp_path) -> None:
@@ -43,66 +33,6 @@ def assert_layers(path, expected: dict, tmp_path) -> None:
         for name, delta in expected.items():
             torch.testing.assert_close(layers[name].pair.dense(), delta, atol=2e-6, rtol=1e-5)
             assert layers[name].kernel == ((3, 2) if name.endswith("conv") else ())
-
-
-def save_with_peft(folder, **options):
-    """A file written by peft's save_pretrained, with the deltas of its own merge_and_unload."""
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(1)
-    base = Small()
-    before = {k: v.clone() for k, v in base.state_dict().items()}
-    config = peft.LoraConfig(r=3, target_modules=["fc", "conv"], init_lora_weights=False, **options)
-    model = peft.get_peft_model(base, config)
-    model.save_pretrained(folder)
-    after = model.merge_and_unload().state_dict()
-    expected = {f"base_model.model.{key.removesuffix('.weight')}": delta for key, delta in deltas(before, after).items()}
-    return folder / "adapter_model.safetensors", expected
-
-
-def test_peft(tmp_path):
-    path, expected = save_with_peft(tmp_path, lora_alpha=3)
-    assert set(expected) == {"base_model.model.fc", "base_model.model.conv"}
-    assert_layers(path, expected, tmp_path)
-
-
-def test_pefts_alpha_is_not_in_its_file(tmp_path):
-    """peft keeps alpha in a file of its own beside this one; what can be read is up * down, at scale 1."""
-    path, expected = save_with_peft(tmp_path, lora_alpha=6)
-    assert_layers(path, {name: delta / 2 for name, delta in expected.items()}, tmp_path)
-
-
-def test_dora_is_not_taken_for_plain_low_rank(tmp_path):
-    """With a magnitude beside them up and down are not the delta: such a layer stays as it is, whole."""
-    path, _ = save_with_peft(tmp_path, lora_alpha=3, use_dora=True)
-    state = read_adapter(path)
-    layers, rest = split_layers(state)
-    assert layers == {} and rest.keys() == state.keys() and len(rest) == 6
-    result = canonical_state(state)
-    assert result.keys() == state.keys() and not result.canonical
-
-
-@pytest.mark.parametrize("alpha", [1.5, 3.0])
-def test_lycoris(tmp_path, alpha):
-    """LoCon as LyCORIS trains and saves it; the deltas are those of its own merge."""
-    lycoris = pytest.importorskip("lycoris")
-    torch.manual_seed(2)
-    base = Small()
-    before = {k: v.clone() for k, v in base.state_dict().items()}
-    network = lycoris.LycorisNetwork
-    network.apply_preset({"target_name": [".*fc", ".*conv"], "target_module": []})
-    try:
-        wrapped = lycoris.create_lycoris(base, 1.0, linear_dim=3, linear_alpha=alpha, conv_dim=2, conv_alpha=alpha, algo="lora")
-    finally:
-        network.apply_preset({})
-    wrapped.apply_to()
-    for parameter in wrapped.parameters():
-        parameter.data.copy_(draw(*parameter.shape, seed=parameter.numel()))
-    path = tmp_path / "lycoris.safetensors"
-    wrapped.save_weights(str(path), torch.float32, {})
-    wrapped.merge_to(1.0)
-    expected = {f"lycoris_{key.removesuffix('.weight')}": delta for key, delta in deltas(before, base.state_dict()).items()}
-    assert set(expected) == {"lycoris_fc", "lycoris_conv"}
-    assert_layers(path, expected, tmp_path)
 
 
 @pytest.mark.parametrize("alpha", [None, 4.0, 1.0, 0.5])

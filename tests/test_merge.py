@@ -95,3 +95,25 @@ def test_inference_weights():
         expected = merged(weight, parts)
         add_low_rank_(weight, parts)
     torch.testing.assert_close(weight.double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(10, 60), (60, 10)], ids=str)
+def test_scales_far_apart_in_half_precision(shape):
+    """Scales go into the smaller factor relative to the largest: neither 1e6 nor 1e-6 times a factor leaves fp16's range."""
+    weight = draw(shape, 1)
+    pairs = [LowRank(draw((shape[0], 3), i).half(), draw((3, shape[1]), i + 5).half(), scale) for i, scale in enumerate((2.0**17, 2.0**15, 2.0**10))]
+    parts = [(pair, 1e-6) for pair in pairs]
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float16, 2e-3)):
+        expected = merged(weight.to(dtype), parts)
+        found = add_low_rank_(weight.to(dtype).clone(), parts)
+        assert (found.double() - expected).abs().max() / expected.abs().max() <= tolerance
+
+
+def test_factors_of_several_dtypes_and_equal_scales():
+    """Files come in fp16, bf16, fp32 and fp8; equal scales need no factor of their own."""
+    weight = draw((10, 14), 1)
+    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn)
+    pairs = [LowRank(draw((10, 2), i).to(dtype), draw((2, 14), i + 9).to(dtype), 0.5) for i, dtype in enumerate(dtypes)]
+    for strengths in ((1.0,) * 4, (1.0, 0.5, -1.0, 0.0)):
+        parts = list(zip(pairs, strengths, strict=True))
+        torch.testing.assert_close(add_low_rank_(weight.clone(), parts).double(), merged(weight, parts), rtol=0, atol=1e-5)

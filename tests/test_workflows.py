@@ -42,7 +42,7 @@ def source(saved: dict, node: dict, name: str) -> tuple[int, int] | None:
 
 def test_there_is_one_folder_of_examples_with_a_picture_for_each():
     assert [name for name in EXAMPLE_FOLDERS if (ROOT / name).is_dir()] == ["workflows"]
-    assert {path.stem for path in FILES} == {"train_trilora", "apply_trilora"}
+    assert {path.stem for path in FILES} == {"train_trilora", "train_tlora", "apply_trilora"}
     pictures = {path.stem for path in FOLDER.glob("*.jpg")}
     assert pictures == {path.stem for path in FILES}
     assert {path.suffix for path in FOLDER.iterdir()} == {".json", ".jpg"}
@@ -120,10 +120,21 @@ def test_both_pictures_differ_by_the_adapter_alone(saved):
 
 
 def test_the_prompt_uses_the_trigger():
-    training, applying = (json.loads((FOLDER / f"{name}_trilora.json").read_text(encoding="utf-8")) for name in ("train", "apply"))
-    (dataset,) = [node for node in training["nodes"] if node["type"] == "TriLoRATrainingDataset"]
-    trigger = dataset["widgets_values"][1]
-    assert trigger and all(trigger in titled(saved, "Prompt")["widgets_values"][0] for saved in (training, applying))
+    training, transforms, applying = (json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+                                      for name in ("train_trilora", "train_tlora", "apply_trilora"))
+    for saved in (training, transforms):
+        (dataset,) = [node for node in saved["nodes"] if node["type"] == "TriLoRATrainingDataset"]
+        trigger = dataset["widgets_values"][1]
+        assert trigger and all(trigger in titled(shown, "Prompt")["widgets_values"][0] for shown in (saved, applying))
+
+
+def test_both_ways_to_train_differ_by_the_method_alone():
+    """What a person learns in one training workflow holds in the other: same nodes, same links, same values elsewhere."""
+    training, transforms = ({node["id"]: node for node in json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))["nodes"]}
+                            for name in ("train_trilora", "train_tlora"))
+    differing = {training[i]["type"] for i in training if training[i]["type"] != transforms[i]["type"]
+                 or training[i].get("widgets_values") != transforms[i].get("widgets_values")}
+    assert training.keys() == transforms.keys() and differing == {"MarkdownNote", "TriLoRAMethodTriLoRA"}
 
 
 def test_every_node_has_a_help_page_and_no_page_is_left_over():

@@ -14,21 +14,26 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import TriLoRAError
-from .factors import LowRank, canonicalise
+from .factors import LowRank, canonicalise, fold_scale
+from .one_alpha import one_alpha
+from .peft_config import IN_METADATA, alphas, read_config
 from .registry import is_known
 
 FORMAT = "trilora"
 VERSION = "1"
+SVD_MARK = {"trilora.format": FORMAT, "trilora.version": VERSION, "trilora.form": "svd"}
+PEFT_MARK = {**SVD_MARK, "trilora.form": "peft"}
 # (up, down) endings after the layer's name, as written by kohya, PEFT, diffusers (three ages) and Mochi's trainer
 PAIRS = ((".lora_up.weight", ".lora_down.weight"), (".lora_B.weight", ".lora_A.weight"),
          ("_lora.up.weight", "_lora.down.weight"), (".lora.up.weight", ".lora.down.weight"),
          (".lora_B", ".lora_A"), (".lora_linear_layer.up.weight", ".lora_linear_layer.down.weight"),
          (".lora_B.default.weight", ".lora_A.default.weight"))
 UP, DOWN, ALPHA = ".lora_up.weight", ".lora_down.weight", ".alpha"
+PEFT_UP, PEFT_DOWN = ".lora_B.weight", ".lora_A.weight"
 # the two halves of a layer with a transform: <layer>.transform.<tensor>, <layer>.residual.<tensor>
 PARTS = ("transform", "residual")
 # companions that make a layer more than up * down
-_NOT_PLAIN = (".lora_mid.weight", ".dora_scale", ".lora_magnitude_vector", ".reshape_weight")
+_NOT_PLAIN = (".lora_mid.weight", ".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".reshape_weight")
 
 
 class AdapterState(dict):
@@ -59,6 +64,11 @@ class FileLayer:
                 name + DOWN: down.reshape(down.shape[0], inp, *self.kernel).contiguous(),
                 name + ALPHA: torch.tensor(float(self.pair.alpha))}
 
+    def peft_tensors(self, name: str) -> dict[str, Tensor]:
+        """The same under PEFT's endings: lora_B (out, r[, 1, 1]), lora_A (r, in[, kh, kw]), the scale folded into both."""
+        folded = FileLayer(fold_scale(self.pair), self.kernel).tensors(name)
+        return {name + PEFT_UP: folded[name + UP], name + PEFT_DOWN: folded[name + DOWN]}
+
 
 def split_layers(tensors: Mapping[str, Tensor]) -> tuple[dict[str, FileLayer], dict[str, Tensor]]:
     """(layer name -> its plain low-rank factors, all tensors that are not part of one).
@@ -84,25 +94,38 @@ def split_layers(tensors: Mapping[str, Tensor]) -> tuple[dict[str, FileLayer], d
 
 
 def canonical_state(state: AdapterState) -> AdapterState:
-    """The same adapter with every low-rank layer in SVD canonical form (a marked one is returned as it is).
+    """The same adapter with every low-rank layer in SVD canonical form, all with one alpha; one that is so already is returned.
 
     Other kinds of layers are kept as they are. Names stay; the metadata gain our mark. Raises TriLoRAError for
     non-finite values.
     """
-    if state.canonical:
+    layers, rest = split_layers(state)
+    if state.canonical and len({layer.pair.alpha for layer in layers.values()}) < 2:
         return state
     check_finite(state)
-    layers, rest = split_layers(state)
     tensors = dict(rest)
-    for name, layer in layers.items():
-        tensors.update(FileLayer(canonicalise(layer.pair), layer.kernel).tensors(name))
-    mark = {"trilora.format": FORMAT, "trilora.version": VERSION, "trilora.form": "svd"} if not rest else {}
-    return AdapterState(tensors, {**getattr(state, "metadata", {}), **mark})
+    pairs = {name: layer.pair if state.canonical else canonicalise(layer.pair) for name, layer in layers.items()}
+    for name, pair in one_alpha(pairs).items():
+        tensors.update(FileLayer(pair, layers[name].kernel).tensors(name))
+    return AdapterState(tensors, {**getattr(state, "metadata", {}), **({} if rest else SVD_MARK)})
+
+
+def peft_state(state: AdapterState) -> AdapterState:
+    """The same adapter under PEFT's endings, which know no alpha; names stay. Directions stay in order of importance.
+
+    Raises TriLoRAError naming the first layer that is not plain low rank: PEFT and diffusers read no other kind here.
+    """
+    layers, rest = split_layers(canonical_state(state))
+    if rest:
+        raise TriLoRAError(f"keys=peft: {min(rest)} is not part of a plain LoRA layer, and PEFT files hold nothing else; save with keys=kohya")
+    tensors = {key: tensor for name, layer in layers.items() for key, tensor in layer.peft_tensors(name).items()}
+    return AdapterState(tensors, {**state.metadata, **PEFT_MARK})
 
 
 def read_adapter(path: str | os.PathLike) -> AdapterState:
     """Read a .safetensors adapter whole; nothing of it is used before all of it is checked.
 
+    A scale that peft or diffusers keep beside the tensors becomes an `.alpha` of each layer it belongs to.
     Raises TriLoRAError for another file type, a damaged file, a non-finite tensor and, in files with our mark, for
     every unknown, missing or mis-shaped tensor.
     """
@@ -119,6 +142,8 @@ def read_adapter(path: str | os.PathLike) -> AdapterState:
         check_finite(state)
         if state.metadata.get("trilora.format") == FORMAT:
             _check_strict(state)
+        else:
+            _take_scale_of_peft(state, path)
     except TriLoRAError as error:
         raise TriLoRAError(f"{path.name}: {error}") from None
     return state
@@ -160,6 +185,17 @@ def check_finite(tensors: Mapping[str, Tensor], problem: str = "holds NaN or inf
             raise TriLoRAError(f"{key}: {problem}")
 
 
+def _take_scale_of_peft(state: AdapterState, path: Path) -> None:
+    config = read_config(path, state.metadata)
+    names = [(key.removesuffix(up), down) for key in state for up, down in PAIRS if key.endswith(up)]
+    ranks = {name: state[name + down].shape[0] for name, down in names if name + down in state}
+    for name, alpha in alphas(config, ranks).items():
+        if alpha != ranks[name]:
+            state.setdefault(name + ALPHA, torch.tensor(alpha))
+    if ranks:  # said with tensors now, and no longer true of a copy with other ranks
+        state.metadata.pop(IN_METADATA, None)
+
+
 def _cast(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if not tensor.is_floating_point() or key.endswith(ALPHA):
         return tensor.detach().cpu().contiguous()
@@ -178,12 +214,13 @@ def _check_strict(state: AdapterState) -> None:
     version = state.metadata.get("trilora.version")
     if version != VERSION:
         raise TriLoRAError(f"trilora.version={version!r}: this release reads version {VERSION}; update ComfyUI-TriLoRA")
-    plain = {key.removesuffix(end) for key in state for end in (UP, DOWN, ALPHA) if key.endswith(end)}
+    forms = ((UP, DOWN, ALPHA), (PEFT_UP, PEFT_DOWN))  # the tensors of a whole layer, kohya's and PEFT's
     parts = _parts(state)
-    unknown = [key for key in state if not key.endswith((UP, DOWN, ALPHA)) and not any(f".{part}." in key for part in PARTS)]
+    unknown = [key for key in state if not key.endswith(sum(forms, ())) and not any(f".{part}." in key for part in PARTS)]
     unknown += [f"{name}.{part}.{tensor}" for name, found in parts.items() for part, names in found.items()
                 if not is_known(part, names) for tensor in sorted(names)]
-    missing = [name + end for name in sorted(plain) for end in (UP, DOWN, ALPHA) if name + end not in state]
+    missing = sorted({key.removesuffix(end) + other for key in state for form in forms for end in form if key.endswith(end)
+                      for other in form} - state.keys())
     if unknown or missing:
         found = "; ".join(f"{what}: {', '.join(keys[:5])}" for what, keys in (("unknown", unknown), ("missing", missing)) if keys)
         raise TriLoRAError(f"not a complete TriLoRA file ({found}); copy or save it again")

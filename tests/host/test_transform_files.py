@@ -151,6 +151,22 @@ def outputs(tiny, patcher):
         return tiny_models.predict(tiny._replace(patcher=patcher), latent, 0.9)
 
 
+@pytest.mark.parametrize("inference", [False, True], ids=["normal", "inference"])
+def test_bypass_has_a_gradient(ops, inference):
+    """A model with a bypassed file on it can be trained: dL/dx is that of the merged layer (0.33.0 sets the attributes)."""
+    weight = torch.randn(10, 24, generator=generator(3))
+    for name, method in kinds(ops):
+        adapter, tensors = trained(ops, method, weight)
+        with torch.inference_mode(inference):
+            patch = loaded({key: tensor.clone() for key, tensor in tensors.items()})
+        patch.is_conv, patch.multiplier = False, 0.5
+        x = torch.randn(5, 24, generator=generator(4)).requires_grad_()
+        (found,) = torch.autograd.grad(patch.bypass_forward(lambda x: x @ weight.t(), x).sum(), x)
+        wanted = (weight + 0.5 * adapter.delta(weight).detach()).sum(0).expand(5, -1)
+        assert distance(found, wanted) <= 1e-5, name
+
+
+
 def test_core_and_our_loader_and_bypass_give_one_output(ops, pack_module, tiny, file):
     """The file in core's loader, in TriLoRA Loader, by hand, and (0.33.0) in core's bypass mode, which leaves weights alone."""
     tensors, deltas = file

@@ -24,6 +24,7 @@ class LoraConfig:
 
     kind: ClassVar[str] = "lora"
     TENSORS: ClassVar[tuple[str, ...]] = ("up", "down", "scale")
+    SIZE: ClassVar[str | None] = "rank"
     rank: int = 16
     alpha: float = 0.0
 

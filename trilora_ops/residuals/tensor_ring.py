@@ -35,6 +35,7 @@ class TensorRingResidualConfig:
 
     kind: ClassVar[str] = "tensor_ring"
     TENSORS: ClassVar[tuple[str, ...]] = ("core#",)
+    SIZE: ClassVar[str | None] = "rank"
     rank: int = 4
     alpha: float = 1.0
     scaling: str = "sqrt"

@@ -35,6 +35,7 @@ class TriLoraConfig:
 
     kind: ClassVar[str] = "trilora"
     TENSORS: ClassVar[tuple[str, ...]] = ("up", "down", "scale")
+    SIZE: ClassVar[str | None] = "rank"
     rank: int = 16
     alpha: float = 0.0
     core: str = "diagonal"

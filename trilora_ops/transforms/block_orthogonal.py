@@ -21,6 +21,7 @@ class BlockOrthogonalConfig:
 
     kind: ClassVar[str] = "block_orthogonal"
     TENSORS: ClassVar[tuple[str, ...]] = ("skew",)
+    SIZE: ClassVar[str | None] = "block"
     block: int = 32
 
     def __post_init__(self):

@@ -24,6 +24,7 @@ class DiagonalConfig:
 
     kind: ClassVar[str] = "diagonal"
     TENSORS: ClassVar[tuple[str, ...]] = ("m",)
+    SIZE: ClassVar[str | None] = None
 
     @classmethod
     def read(cls, shape: LayerShape, tensors: Mapping[str, Tensor]) -> "Diagonal | None":

@@ -18,6 +18,7 @@ class NoTransformConfig:
 
     kind: ClassVar[str] = "none"
     TENSORS: ClassVar[tuple[str, ...]] = ()
+    SIZE: ClassVar[str | None] = None
 
     @classmethod
     def read(cls, shape: LayerShape, tensors: Mapping[str, Tensor]) -> "NoTransform | None":

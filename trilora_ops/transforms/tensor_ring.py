@@ -36,6 +36,7 @@ class TensorRingConfig:
 
     kind: ClassVar[str] = "tensor_ring"
     TENSORS: ClassVar[tuple[str, ...]] = ("core#",)
+    SIZE: ClassVar[str | None] = "ring_rank"
     ring_rank: int = 1
     factors: tuple[int, ...] = ()
     ring_init: str = "auto"

@@ -1,0 +1,121 @@
+"""Any number of adapters of any kind on one weight, as a single patch in which their order does not matter."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+
+import comfy.lora
+import torch
+from comfy.weight_adapter import WeightAdapterBase
+from torch import Tensor
+
+from ..trilora_ops.errors import TriLoRAError
+from ..trilora_ops.merge import add_low_rank_
+from .comfy_patches import LowRankPatch, is_identity
+from .comfy_transforms import TransformPatch, shape_of
+
+log = logging.getLogger("trilora")
+
+
+class StackPatch(WeightAdapterBase):
+    """W' = W + sum_i s_i (W_i - W), W_i being the weight with adapter i alone on it, at strength 1.
+
+    Every adapter acts on the weight that comes in, so their order never matters, and the result is linear in every
+    strength, whatever the kind (core squares it for OFT and bends it for BOFT).
+
+    Holds (loaded_keys, parts): each part is a patch tuple of the host's, (s_i, patch, 1.0, offset, function), on the whole
+    weight or on a slice (axis, start, length) of it. The host rebuilds it, and the adapters in its parts, from just these.
+    """
+
+    name = "trilora_stack"
+
+    def __init__(self, loaded_keys, weights):
+        self.loaded_keys, self.weights = loaded_keys, weights
+
+    def calculate_shape(self, key):
+        """The shape that some part pads the weight to, or None (0.33.0)."""
+        shapes = [_new_shape(patch, key) for _, patch, _, offset, _ in self.weights if offset is None]
+        shapes = [shape for shape in shapes if shape is not None]
+        return _around(*shapes) if shapes else None
+
+    @torch.no_grad()
+    def calculate_weight(self, weight, key, strength, strength_model, offset, function,
+                         intermediate_dtype=torch.float32, original_weight=None):
+        """Adds all parts at once, in place unless one of them pads the weight; returns the weight.
+
+        Low-rank parts need one addmm_ for each slice and no buffer. Where there are others, everything is summed in fp32
+        and rounded once: their deltas in one buffer while W is still whole, then the low-rank parts.
+        """
+        low_rank: dict[tuple | None, list] = {}
+        others = []
+        for part in self.weights:
+            pair = part[1].pair() if isinstance(part[1], LowRankPatch) and is_identity(part[4]) else None
+            if pair is None:
+                others.append(part)
+            else:
+                low_rank.setdefault(part[3], []).append((pair, part[0] * strength))
+
+        # W itself where it can be written to part by part
+        result = weight if weight.element_size() >= (4 if others else 2) else weight.float()
+        if others:
+            delta = torch.zeros_like(result)
+            for part in others:
+                change = _change(result, key, part, original_weight)
+                delta = _pad(delta, _around(delta.shape, change.shape))
+                _part(delta, change.shape if part[3] is None else weight.shape, part[3]).add_(change, alpha=part[0] * strength)
+            result = _pad(result, delta.shape)
+            result += delta
+        for offset, pairs in low_rank.items():
+            add_low_rank_(_part(result, weight.shape, offset), pairs)
+        if result is weight:
+            return weight
+        return weight.copy_(result) if result.shape == weight.shape else result.to(weight.dtype)
+
+
+def stack_patches(files: Iterable[tuple[Mapping, float]]) -> dict[str, StackPatch]:
+    """(a file's patches by the host's target key, its strength), ... -> one StackPatch for each weight, for add_patches."""
+    parts: dict[str, list] = {}
+    for patches, strength in files:
+        for target, patch in patches.items() if strength else ():
+            key, offset, function = (target, None, None) if isinstance(target, str) else (*target, None, None)[:3]
+            parts.setdefault(key, []).append((strength, patch, 1.0, offset, function))
+    return {key: StackPatch(set(), tuple(found)) for key, found in parts.items()}
+
+
+def _change(weight: Tensor, key: str, part: tuple, original_weight) -> Tensor:
+    """W_i - W of one part alone at strength 1, of its slice's shape or, where the part pads W, of the larger one."""
+    _, patch, _, offset, function = part
+    weight = _part(weight, weight.shape, offset)
+    if isinstance(patch, TransformPatch):
+        try:
+            delta = patch.adapter(shape_of(weight), weight.device).delta(weight).view(weight.shape)
+        except TriLoRAError as error:
+            log.error("ERROR %s %s %s", patch.name, key, error)  # the layer is left alone, as the host does
+            return torch.zeros_like(weight)
+        return delta if is_identity(function) else function(delta)
+    changed = comfy.lora.calculate_weight([(1.0, patch, 1.0, None, function)], weight.clone(), key, torch.float32, original_weight)
+    _part(changed, weight.shape, None).sub_(weight)
+    return changed
+
+
+def _part(tensor: Tensor, shape, offset) -> Tensor:
+    """View of the first `shape` entries of a tensor that may have been padded, and in it of a slice (axis, start, length)."""
+    corner = tensor if tensor.shape == shape else tensor[tuple(slice(n) for n in shape)]
+    return corner if offset is None else corner.narrow(*offset)
+
+
+def _around(*shapes) -> tuple[int, ...]:
+    """The smallest shape into which all of the shapes fit."""
+    return tuple(map(max, zip(*shapes, strict=True)))
+
+
+def _pad(tensor: Tensor, shape) -> Tensor:
+    return tensor if tuple(tensor.shape) == tuple(shape) else comfy.lora.pad_tensor_to_shape(tensor, shape)
+
+
+def _new_shape(patch, key: str) -> tuple[int, ...] | None:
+    if isinstance(patch, WeightAdapterBase):
+        return patch.calculate_shape(key)
+    kind, values = patch
+    return tuple(values[0].shape) if kind == "diff" and len(values) > 1 and values[1]["pad_weight"] else None

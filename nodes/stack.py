@@ -1,0 +1,110 @@
+"""Adapter Stack: any number of files of any kind onto a model at once; their order does not matter."""
+
+from __future__ import annotations
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..trilora_ops.errors import TriLoRAError
+from . import compat
+from .comfy_patches import Places
+from .comfy_stack import stack_patches
+from .load import file_stamp, read_file
+from .types import LoraStack, Stack, StackEntry
+
+
+class AdapterStack(io.ComfyNode):
+    """One more file on a stack; nothing is read before the stack is applied."""
+
+    @classmethod
+    def define_schema(cls):
+        return compat.Schema(
+            node_id="TriLoRAAdapterStack",
+            display_name="Adapter Stack",
+            category="TriLoRA/load",
+            description="Puts a file of any kind on a stack: TriLoRA, transforms, LoRA, LoHa, LoKr, OFT, DoRA ... Chain as many as you like.",
+            search_aliases=["lora stack", "multiple loras", "lora stacker", "multi lora"],
+            inputs=[
+                io.Combo.Input("lora_name", options=folder_paths.get_filename_list("loras"),
+                               tooltip="A .safetensors file from models/loras or from output/loras, where Save Adapter writes."),
+                io.Float.Input("strength_model", default=1.0, min=-20.0, max=20.0, step=0.05,
+                               tooltip="0 = the model as it was, 1 = as trained, and a straight line through both, for every kind of file."),
+                io.Float.Input("strength_clip", default=1.0, min=-20.0, max=20.0, step=0.05,
+                               tooltip="Strength on the text encoder; unused where none is connected to Apply Adapter Stack."),
+                compat.advanced(io.Int.Input("keep_rank", default=0, min=0, max=1024,
+                                             tooltip="Keep only the strongest directions of every low-rank layer: 0 keeps all, 8 the best "
+                                                     "approximation of rank 8.")),
+                Stack.Input("stack", optional=True, tooltip="The files so far. Leave it empty for the first one."),
+            ],
+            outputs=[Stack.Output(display_name="stack", tooltip="The files so far and this one, for the next Adapter Stack or for Apply Adapter Stack.")],
+        )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name, **others):
+        """Run again, and with it all that depends on it, when the file itself has changed."""
+        return (lora_name, file_stamp(lora_name))
+
+    @classmethod
+    def execute(cls, lora_name, strength_model, strength_clip, keep_rank, stack=None) -> io.NodeOutput:
+        return io.NodeOutput((*(stack or ()), StackEntry(lora_name, strength_model, strength_clip, keep_rank)))
+
+
+class ApplyStack(io.ComfyNode):
+    """Reads all files of a stack, checks them, then gives every weight one patch that holds them all."""
+
+    @classmethod
+    def define_schema(cls):
+        return compat.Schema(
+            node_id="TriLoRAApplyStack",
+            display_name="Apply Adapter Stack",
+            category="TriLoRA/load",
+            description="Applies all files of a stack to a model in one pass; their order does not matter. CLIP is optional.",
+            search_aliases=["lora stack", "apply lora stack", "multiple loras", "cr apply lora stack"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to adapt. It is not changed; the output is a patched copy."),
+                Stack.Input("stack", optional=True, tooltip="Files from Adapter Stack."),
+                io.Clip.Input("clip", optional=True, tooltip="Optional: a text encoder for files that adapt it."),
+                LoraStack.Input("lora_stack", optional=True,
+                                tooltip="Files from another extension's LoRA stack node, beside or instead of those of Adapter Stack."),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="The adapted model."),
+                io.Clip.Output(display_name="CLIP", tooltip="The adapted text encoder; empty if none is connected."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, stack=None, clip=None, lora_stack=None) -> io.NodeOutput:
+        if stack is None and lora_stack is None:
+            raise TriLoRAError("stack: nothing is connected; connect an Adapter Stack, or another extension's stack to lora_stack")
+        return io.NodeOutput(*apply_stack((*(stack or ()), *entries_from(lora_stack or ())), model, clip))
+
+
+def entries_from(lora_stack) -> tuple[StackEntry, ...]:
+    """The entries of a LORA_STACK: (file name, strength on the model, strength on CLIP) each; "None" is a slot that is off."""
+    found = []
+    for entry in lora_stack:
+        if not isinstance(entry, (tuple, list)) or len(entry) != 3:
+            raise TriLoRAError(f"lora_stack: an entry is {entry!r}, expected (file name, strength on the model, strength on CLIP)")
+        name, strength_model, strength_clip = entry
+        if name not in (None, "None"):
+            found.append(StackEntry(name, float(strength_model), float(strength_clip)))
+    return tuple(found)
+
+
+def apply_stack(entries: tuple[StackEntry, ...], model, clip):
+    """(model, clip) with all entries on them, one patch a weight; both are clones, clip stays None where it was.
+
+    Files whose strengths are 0 are not read. Raises TriLoRAError before anything is patched if a file does not fit.
+    """
+    places = Places.of(model, clip)
+    files = [(places.patches(read_file(e.name), e.name, e.keep_rank), e) for e in entries
+             if e.strength_model or (clip is not None and e.strength_clip)]  # fmt: skip
+    model = model.clone()
+    if model_patches := stack_patches((patches, e.strength_model) for patches, e in files):
+        model.add_patches(model_patches)
+    if clip is not None:
+        clip = clip.clone()
+        if clip_patches := stack_patches((patches, e.strength_clip) for patches, e in files):
+            clip.add_patches(clip_patches)
+    return model, clip

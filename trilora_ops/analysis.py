@@ -1,0 +1,232 @@
+"""What is in an adapter, read from its tensors alone: spectra, effective ranks, energy and bytes by layer and by block."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .adapter import LayerShape
+from .checkpoint import PARTS, split_layers
+from .errors import TriLoRAError
+from .factors import LowRank, canonicalise, is_canonical, spectrum
+from .registry import RESIDUALS, TRANSFORMS, read_part
+
+LOW_RANK = "low-rank"
+_ROWS = 512  # of T at a time
+# (what marks a tensor's name, the kind of layer it makes), the most telling first
+_KINDS = tuple((re.compile(pattern), kind) for pattern, kind in (
+    (r"\.hada_", "LoHa"), (r"\.lokr_", "LoKr"), (r"\.oft_", "OFT or BOFT"), (r"\.a1\.weight$", "GLoRA"), (r"\.(dora_scale|lora_magnitude_vector)", "DoRA"),
+    (r"\.lora_mid", "low-rank with a Tucker core"), (r"\.reshape_weight$", "low-rank with a new shape"), (r"\.diff$", "full difference"),
+    (r"\.diff_b$", "difference of a bias"), (r"\.[bw]_norm$", "norm"), (r"\.set_weight$", "replaced weight")))
+_TAIL = re.compile(r"(\.(?:hada_|lokr_|oft_|[ab][12]\.|dora_scale|lora_|diff|[bw]_norm|set_weight|reshape_weight|alpha|scale|weight|bias)"
+                   r"|_lora\.).*$")
+# pattern in a layer's name with "." as "_" -> the block's name; the first that fits, in the order of the model
+_BLOCKS = tuple((re.compile(pattern), name) for pattern, name in (
+    (r"^(?:lora_)?te(?:xt_encoders?)?_?(\d?)_", "text {}"),
+    (r"(?:^|_)down_blocks_(\d+)_(?:attentions|resnets)_(\d+)", "down {}.{}"), (r"(?:^|_)down_blocks_(\d+)_", "down {} end"),
+    (r"(?:^|_)input_blocks_(\d+)_", "input {}"), (r"(?:^|_)mid(?:dle)?_block_", "mid"), (r"(?:^|_)output_blocks_(\d+)_", "output {}"),
+    (r"(?:^|_)up_blocks_(\d+)_(?:attentions|resnets)_(\d+)", "up {}.{}"), (r"(?:^|_)up_blocks_(\d+)_", "up {} end"),
+    (r"(?:^|_)(?:double(?:_stream)?_blocks|double_layers)_(\d+)_", "double {}"), (r"(?:^|_)joint_(?:transformer_)?blocks_(\d+)_", "joint {}"),
+    (r"(?:^|_)(?:single(?:_stream|_transformer)?_blocks|single_layers)_(\d+)_", "single {}"),
+    (r"(?:^|_)(?:transformer_blocks|blocks|layers)_(\d+)_", "block {}"),
+))
+# a level's end (its down- or upsampler) sorts behind the level's other blocks
+_STAGES = (0, 1, 1, 1, 2, 3, 3, 3, 4, 4, 5, 6, 7)
+_NUMBERED = ("double", "joint", "single", "block")  # numbered beyond nine: with a leading zero
+OTHER = "other"
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """One layer of an adapter.
+
+    kind: "low-rank", a pair such as "tensor_ring+lora", or another trainer's kind by name; bytes: of its tensors.
+    sigma: (r,) singular values of R, falling, None for kinds that are not measured.
+    change: |T - I|_F / sqrt(J), the root mean square by which T moves a random unit vector; None without a transform.
+    """
+
+    name: str
+    kind: str
+    bytes: int
+    sigma: Tensor | None = None
+    change: float | None = None
+
+    @property
+    def block(self) -> str:
+        """See `block_of`."""
+        return block_of(self.name)
+
+    @property
+    def rank(self) -> int:
+        """Directions of R, 0 where unknown."""
+        return 0 if self.sigma is None else len(self.sigma)
+
+    @property
+    def energy(self) -> float:
+        """|R|_F^2 = sum sigma^2, 0 where unknown."""
+        return 0.0 if self.sigma is None else float(self.sigma.double().square().sum())
+
+    @property
+    def effective_rank(self) -> float:
+        """See `effective_rank`, 0 where unknown."""
+        return 0.0 if self.sigma is None else effective_rank(self.sigma)
+
+
+def analyse(tensors: Mapping[str, Tensor]) -> list[LayerFacts]:
+    """Facts of every layer, in the model's order as far as names tell it.
+
+    Raises TriLoRAError where a low-rank pair's shapes do not fit. A transform's layer whose tensors no registered kind
+    reads is counted with the kind "unknown transform".
+    """
+    plain, rest = split_layers(tensors)
+    alphas = {key: tensor for key, tensor in tensors.items() if key.endswith(".alpha")}
+    facts = [LayerFacts(name, LOW_RANK, _bytes((layer.pair.up, layer.pair.down, alphas.get(f"{name}.alpha"))), _sigma(layer.pair))
+             for name, layer in plain.items()]
+    facts += [_transform_layer(name, parts) for name, parts in _transform_layers(rest).items()]
+    facts += _other_layers({key: tensor for key, tensor in rest.items() if _part_of(key) is None})
+    return sorted(facts, key=lambda layer: block_order(layer.name))
+
+
+def effective_rank(sigma: Tensor) -> float:
+    """exp(-sum p ln p) with p = sigma^2 / sum sigma^2: how many equally strong directions would be spread as wide.
+
+    sigma: (r,) -> between 1 and r; 0 for R = 0. Roy and Vetterli (EUSIPCO 2007) take p = sigma / sum sigma; squares
+    make it the entropy of the energy, which weak directions hardly raise.
+    """
+    energy = sigma.double().square()
+    p = energy[energy > 0] / energy.sum()
+    return float(torch.exp(-(p * p.log()).sum())) if len(p) else 0.0
+
+
+def by_block(layers: Iterable[LayerFacts], value) -> dict[str, float]:
+    """Block -> sum of value(layer), blocks in the order of the layers."""
+    sums: dict[str, float] = {}
+    for layer in layers:
+        sums[layer.block] = sums.get(layer.block, 0) + value(layer)
+    return sums
+
+
+def block_of(name: str) -> str:
+    """The block of the model in which a file's layer lies, read from its name: "down 0.1", "mid", "double 03", ... or "other"."""
+    return _place(name)[1]
+
+
+def block_order(name: str) -> tuple:
+    """Sorts layers as the model runs them: text encoders, the way down, the middle, the way up; numbers as numbers."""
+    place, block, _ = _place(name)
+    level = [int(n) for n in re.findall(r"\d+", block)]
+    return _STAGES[place], level[:1], block.endswith("end"), level, [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)]
+
+
+def short_name(name: str) -> str:
+    """The layer's name for a picture: its block, and what is left of the name within it, "down 0.1 · attn1_to_q"."""
+    _, block, rest = _place(name)
+    rest = re.sub(r"^\d+_(?=\D)", "", rest)  # the slot within an LDM block
+    return f"{block} · " + re.sub(r"transformer_blocks_(\d+)_", lambda m: "" if m[1] == "0" else f"t{m[1]} ", rest)
+
+
+def _place(name: str) -> tuple[int, str, str]:
+    """(place among the kinds of blocks, the block, the rest of the name)."""
+    flat = name.replace(".", "_") + "_"
+    for place, (pattern, block) in enumerate(_BLOCKS):
+        if match := pattern.search(flat):
+            numbers = [n.zfill(2) if block.split()[0] in _NUMBERED else n for n in match.groups()]
+            return place, block.format(*numbers).strip(), flat[match.end():].strip("_")
+    return len(_BLOCKS), OTHER, flat.removeprefix("lora_unet_").strip("_")
+
+
+def _part_of(key: str) -> tuple[str, str, str] | None:
+    """(layer, part, tensor) of a transform file's key."""
+    for part in PARTS:
+        name, mark, tensor = key.rpartition(f".{part}.")
+        if mark:
+            return name, part, tensor
+    return None
+
+
+def _transform_layers(rest: Mapping[str, Tensor]) -> dict[str, dict[str, dict[str, Tensor]]]:
+    layers: dict[str, dict[str, dict[str, Tensor]]] = {}
+    for key, tensor in rest.items():
+        if place := _part_of(key):
+            name, part, own = place
+            layers.setdefault(name, {p: {} for p in PARTS})[part][own] = tensor
+    return layers
+
+
+@torch.no_grad()
+def _transform_layer(name: str, parts: Mapping[str, Mapping[str, Tensor]]) -> LayerFacts:
+    size = _bytes(tensor for part in parts.values() for tensor in part.values())
+    transform, residual = ({key: t.float().cpu() for key, t in parts[part].items()} for part in PARTS)
+    for inp in _input_sizes(transform):
+        try:
+            T, R = read_part("transform", LayerShape(1, inp), transform), _read_residual(residual, inp)
+        except TriLoRAError:
+            continue
+        kind = "+".join(k for k in (_kind_of(TRANSFORMS, T, transform), _kind_of(RESIDUALS, R, residual)) if k != "none")
+        return LayerFacts(name, kind, size, _sigma(R.low_rank()) if hasattr(R, "low_rank") else None, _change(transform, inp))
+    return LayerFacts(name, "unknown transform", size)
+
+
+def _input_sizes(transform: Mapping[str, Tensor]) -> list[int]:
+    """Input sizes that a transform's tensors can mean: the product of their lengths, or blocks of b rows with b (b - 1) / 2 numbers each."""
+    sizes = [math.prod(len(tensor) for tensor in transform.values() if tensor.ndim)]
+    sizes += [len(t) * (1 + math.isqrt(1 + 8 * t.shape[1])) // 2 for t in transform.values() if t.ndim == 2]
+    return sizes
+
+
+def _read_residual(tensors: Mapping[str, Tensor], inp: int):
+    """The residual of a layer with `inp` input channels; its output size and kernel are found by trying.
+
+    A pair of factors tells both. A ring's cores only tell the product of all sizes: the layer is taken for a linear one
+    where its cores can be cut so, else for a convolution with a square kernel.
+    """
+    if {"up", "down"} <= set(tensors):
+        shapes = [(len(tensors["up"]), tensors["down"].shape[1] // inp)]
+    else:
+        whole = math.prod(len(tensor) for tensor in tensors.values() if tensor.ndim)
+        shapes = [(max(1, whole // (inp * k)), k) for k in (1, 3, 9, 25, 27, 49) if whole % (inp * k) == 0 or not tensors]
+    reason = TriLoRAError(f"residual: fits no layer with {inp} input channels")
+    for out, kernel in shapes:
+        try:
+            return read_part("residual", LayerShape(out, inp, (kernel,) if kernel > 1 else ()), tensors)
+        except TriLoRAError as error:
+            reason = error
+    raise reason
+
+
+def _change(transform: Mapping[str, Tensor], J: int) -> float:
+    """|T - I|_F / sqrt(J), some rows of T at a time."""
+    total = 0.0
+    for start in range(0, J, _ROWS):
+        rows = torch.zeros(min(_ROWS, J - start), J)
+        rows.diagonal(start).fill_(1.0)  # on rows of the identity W0 (T - I) is T - I
+        total += float(read_part("transform", LayerShape(len(rows), J), transform).delta(rows).double().square().sum())
+    return math.sqrt(total / J)
+
+
+def _kind_of(kinds: Mapping[str, type], module, tensors: Mapping[str, Tensor]) -> str:
+    """A part's kind; a pair of factors is "lora", whatever trained it."""
+    if not tensors:
+        return "none"
+    return next(kind for kind, config in kinds.items() if type(config.read(module.shape, tensors)) is type(module))
+
+
+def _sigma(pair: LowRank) -> Tensor:
+    return spectrum(pair if is_canonical(pair) else canonicalise(pair)).cpu()
+
+
+def _other_layers(tensors: Mapping[str, Tensor]) -> list[LayerFacts]:
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        layers.setdefault(_TAIL.sub("", key), {})[key] = tensor
+    return [LayerFacts(name, next((kind for mark, kind in _KINDS if any(map(mark.search, found))), "unknown"), _bytes(found.values()))
+            for name, found in layers.items()]
+
+
+def _bytes(tensors: Iterable[Tensor | None]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
