@@ -16,11 +16,11 @@ from ..trilora_ops.errors import TriLoRAError
 from ..trilora_ops.factors import LowRank, canonicalise, is_canonical, keep_rank
 from ..trilora_ops.merge import add_low_rank_
 from ..trilora_ops.peft_config import name_dora_scales
+from .compat import is_identity
 from .names import layer_names
 from .patch_shapes import check_shape, target_shapes
 
 log = logging.getLogger("trilora")
-_IDENTITY = (lambda a: a).__code__.co_code
 
 
 class LowRankPatch(LoRAAdapter):
@@ -92,12 +92,6 @@ class Places:
 def patches_from_state(state: AdapterState, model, clip, name: str, keep: int = 0) -> dict:
     """`Places.patches` of one file on a model and an optional text encoder; nothing is applied by this."""
     return Places.of(model, clip).patches(state, name, keep)
-
-
-def is_identity(function) -> bool:
-    """Whether a patch has no function: the host then puts `lambda a: a`, every one of which has this byte code."""
-    code = getattr(function, "__code__", None)
-    return function is None or (code is not None and code.co_code == _IDENTITY)
 
 
 def _is_low_rank(patch) -> bool:

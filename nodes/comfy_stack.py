@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping
 
 import comfy.lora
@@ -10,12 +9,10 @@ import torch
 from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
 
-from ..trilora_ops.errors import TriLoRAError
 from ..trilora_ops.merge import add_low_rank_
-from .comfy_patches import LowRankPatch, is_identity
-from .comfy_transforms import TransformPatch, shape_of
-
-log = logging.getLogger("trilora")
+from .comfy_patches import LowRankPatch
+from .comfy_transforms import TransformPatch
+from .compat import is_identity
 
 
 class StackPatch(WeightAdapterBase):
@@ -61,6 +58,10 @@ class StackPatch(WeightAdapterBase):
         if others:
             delta = torch.zeros_like(result)
             for part in others:
+                if isinstance(part[1], TransformPatch):
+                    place = (_part(t, weight.shape, part[3]) for t in (delta, result))
+                    part[1].add_to_(*place, key, part[0] * strength, part[4])
+                    continue
                 change = _change(result, key, part, original_weight)
                 delta = _pad(delta, _around(delta.shape, change.shape))
                 _part(delta, change.shape if part[3] is None else weight.shape, part[3]).add_(change, alpha=part[0] * strength)
@@ -87,13 +88,6 @@ def _change(weight: Tensor, key: str, part: tuple, original_weight) -> Tensor:
     """W_i - W of one part alone at strength 1, of its slice's shape or, where the part pads W, of the larger one."""
     _, patch, _, offset, function = part
     weight = _part(weight, weight.shape, offset)
-    if isinstance(patch, TransformPatch):
-        try:
-            delta = patch.adapter(shape_of(weight), weight.device).delta(weight).view(weight.shape)
-        except TriLoRAError as error:
-            log.error("ERROR %s %s %s", patch.name, key, error)  # the layer is left alone, as the host does
-            return torch.zeros_like(weight)
-        return delta if is_identity(function) else function(delta)
     changed = comfy.lora.calculate_weight([(1.0, patch, 1.0, None, function)], weight.clone(), key, torch.float32, original_weight)
     _part(changed, weight.shape, None).sub_(weight)
     return changed

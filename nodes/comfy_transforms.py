@@ -13,6 +13,7 @@ from torch import Tensor
 from ..trilora_ops.adapter import Adapter, LayerShape
 from ..trilora_ops.errors import TriLoRAError
 from ..trilora_ops.registry import collect_tensors, read_adapter_tensors, read_part
+from .compat import is_identity
 
 log = logging.getLogger("trilora")
 
@@ -44,16 +45,23 @@ class TransformPatch(WeightAdapterBase):
         """The adapter on a layer of `shape`, fp32. Raises TriLoRAError where the tensors are another layer's."""
         return read_adapter_tensors(shape, *(_ready(part, device) for part in self.weights)).requires_grad_(False)
 
+    def add_to_(self, target: Tensor, weight: Tensor, key: str, strength: float, function=None) -> None:
+        """target += strength * function(W0 (T - I) + R), W0 = weight; a broken layer is reported and left alone, as the host does."""
+        try:
+            adapter = self.adapter(shape_of(weight), weight.device)
+        except TriLoRAError as error:
+            log.error("ERROR %s %s %s", self.name, key, error)
+            return
+        if is_identity(function):
+            adapter.add_delta_(target, weight, strength)
+        else:
+            target += function((strength * adapter.delta(weight)).view(weight.shape).to(target.dtype))
+
     @torch.no_grad()
     def calculate_weight(self, weight, key, strength, strength_model, offset, function,
                          intermediate_dtype=torch.float32, original_weight=None):
-        """W += strength * function(W0 (T - I) + R), in place; a broken layer is reported and left alone, as the host does."""
-        try:
-            delta = self.adapter(shape_of(weight), weight.device).delta(weight)
-        except TriLoRAError as error:
-            log.error("ERROR %s %s %s", self.name, key, error)
-            return weight
-        weight += function((strength * delta).view(weight.shape).to(weight.dtype))
+        """W += strength * function(W0 (T - I) + R), in place."""
+        self.add_to_(weight, weight, key, strength, function)
         return weight
 
     def bypass_forward(self, org_forward, x: Tensor, *args, **kwargs) -> Tensor:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from .errors import TriLoRAError
 
+# entries of a weight that are transformed at once: on a CPU what its caches hold, elsewhere enough to fill a GPU
+_BLOCK = {"cpu": 2**18, "cuda": 2**24}
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -87,7 +89,26 @@ class Adapter(nn.Module):
     def delta(self, weight: Tensor) -> Tensor:
         """W' - W0 = W0 (T - I) + R; weight: (out, in, *kernel) -> (out, columns), fp32."""
         flat = weight.reshape(self.shape.out, -1).float()
-        return self.transform.delta(flat) + self.residual.delta()
+        delta = self.transform.delta(flat)
+        delta += self.residual.delta()
+        return delta
+
+    @torch.no_grad()
+    def add_delta_(self, target: Tensor, weight: Tensor, strength: float = 1.0) -> Tensor:
+        """target += strength * (W0 (T - I) + R), in place; weight: W0, which may be `target` itself.
+
+        Both (out, in, *kernel), any strides and floating dtype; the products run in fp32. T mixes inputs, so every row of W'
+        depends on that row of W0 alone: a few rows at a time go through, and no full-size delta is formed.
+        """
+        pair = self.residual.low_rank()
+        rows = max(1, _BLOCK.get(weight.device.type, _BLOCK["cuda"]) // self.shape.columns)
+        for start in range(0, self.shape.out, rows):
+            block = slice(start, start + rows)
+            delta = self.transform.delta(weight[block].reshape(-1, self.shape.columns).float())
+            if pair is not None:
+                delta.addmm_(pair.up[block], pair.down, alpha=pair.scale)
+            target[block].add_(delta.view(target[block].shape), alpha=strength)
+        return target
 
     def forward(self, x: Tensor, layer) -> Tensor:
         """y = layer(T x) + R x; `layer` maps activations as the frozen module does."""

@@ -168,7 +168,8 @@ def _transform_layer(name: str, parts: Mapping[str, Mapping[str, Tensor]]) -> La
         except TriLoRAError:
             continue
         kind = "+".join(k for k in (_kind_of(TRANSFORMS, T, transform), _kind_of(RESIDUALS, R, residual)) if k != "none")
-        return LayerFacts(name, kind, size, _sigma(R.low_rank()) if hasattr(R, "low_rank") else None, _change(transform, inp))
+        pair = R.low_rank()
+        return LayerFacts(name, kind, size, None if pair is None else _sigma(pair), _change(transform, inp))
     return LayerFacts(name, "unknown transform", size)
 
 

@@ -48,6 +48,10 @@ class NoResidual(nn.Module):
         """R = 0, as the scalar that adds to a transform's part on any device."""
         return torch.zeros(())
 
+    def low_rank(self) -> None:
+        """None: there are no factors."""
+        return None
+
     def add_output(self, y: Tensor, x: Tensor) -> Tensor:
         """y + R x = y."""
         return y

@@ -30,18 +30,18 @@ class ChannelTransform(nn.Module):
     def act(self, x: Tensor) -> Tensor:
         """T x; x: (..., in) or, on a convolution, (B, in, *space) -> the same shape and dtype."""
         moved = x.movedim(1, -1) if self.shape.kernel else x
-        y = self.rows(moved.reshape(-1, self.shape.inp).float()).view(moved.shape).to(x.dtype)
+        y = self.rows(moved.reshape(-1, self.shape.inp).float()).reshape(moved.shape).to(x.dtype)
         if not self.shape.kernel:
             return y
         # in x's own memory order: another one makes the convolution choose another algorithm, and T = I inexact
         return y.movedim(-1, 1).contiguous() if x.is_contiguous() else y.movedim(-1, 1)
 
     def delta(self, weight: Tensor) -> Tensor:
-        """W0 (T - I), one mode at a time; weight: (out, columns) fp32 -> (out, columns)."""
-        parts = weight.view(self.shape.out, self.shape.inp, -1).transpose(1, 2)  # out, k, in
+        """W0 (T - I), one mode at a time; weight: any rows of W0, (n, columns) fp32 -> (n, columns)."""
+        parts = weight.view(len(weight), self.shape.inp, -1).transpose(1, 2)  # n, k, in
         rows = parts.reshape(-1, self.shape.inp)
         changed = self.rows(rows, transposed=True) - rows
-        return changed.view(parts.shape).transpose(1, 2).reshape(weight.shape)
+        return changed.reshape(parts.shape).transpose(1, 2).reshape(weight.shape)
 
     def tensors(self) -> dict[str, Tensor]:
         """The parameters by the names that a file gives them."""

@@ -119,23 +119,34 @@ def ring_product(cores: list[Tensor], x: Tensor) -> Tensor:
 
     cores: (Jd, Jd, R, R); x: (n, J) -> (n, J). Costs J * sum(Jd) products a row for R = 1.
     """
+    n, R, last = x.shape[0], cores[0].shape[2], cores[-1]
+    if R == 1:
+        return _kronecker_product([core[:, :, 0, 0] for core in cores], x)
     if len(cores) == 1:  # a ring of one closes on itself
-        return x @ cores[0].diagonal(dim1=2, dim2=3).sum(-1).t()
-    sizes, rank, n = [core.shape[0] for core in cores], cores[0].shape[2], x.shape[0]
-    if rank == 1:
-        y = x.view(n, *sizes)
-        for d, core in enumerate(cores):
-            y = torch.tensordot(y, core[:, :, 0, 0], dims=([1 + d], [1])).movedim(-1, 1 + d)
-        return y.reshape(n, -1)
-    # from the last core to the first; the ring's open ends (q, p) ride along as the two last axes
-    last = cores[-1]
-    y = torch.tensordot(x.view(n, *sizes), last, dims=([len(sizes)], [1]))  # n j1..jD-1 iD s p
-    for d in range(len(cores) - 2, 0, -1):
-        # n j1..jd [i d+1 .. iD] s p  x  A[i, j, q, s] -> contract jd and s
-        y = torch.tensordot(y, cores[d], dims=([1 + d, y.ndim - 2], [1, 3]))  # n j1..jd-1 [i..] p i q
-        y = y.movedim(-2, 1 + d).transpose(-1, -2)  # n j1..jd-1 i [i..] q p
-    y = torch.tensordot(y, cores[0], dims=([1, y.ndim - 2, y.ndim - 1], [1, 3, 2]))  # n [i2..iD] i1
-    return y.movedim(-1, 1).reshape(n, -1)
+        return x @ last.diagonal(dim1=2, dim2=3).sum(-1).t()
+    # With the rows of x laid last every mode is a product of a small matrix with long contiguous ones. y's axes: what is
+    # done (i1, then p, the ring's other open end, then i2 ..), this core's left rank q, what is left (.., n)
+    first, left = cores[0], x.shape[1] // cores[0].shape[0]
+    y = first.permute(0, 2, 3, 1).reshape(-1, len(first)) @ x.t().reshape(len(first), -1)  # (i1 p q, j1) x (j1, rest)
+    done = len(first) * R
+    for core in cores[1:-1]:
+        left //= len(core)
+        mode = core.permute(0, 3, 2, 1).reshape(len(core) * R, -1)  # (i s, q j)
+        y = torch.matmul(mode, y.reshape(done, R * len(core), left * n))
+        done *= len(core)
+    y = y.reshape(len(first), R, -1, R * len(last), n)  # i1, p, i2 .., (s j), n
+    modes = last.permute(3, 0, 2, 1).reshape(R, len(last), -1)  # p, i, (s j)
+    y = sum(torch.matmul(modes[p], y[:, p]) for p in range(R))
+    return y.reshape(-1, n).t().contiguous()  # another memory order would make the layer round differently, and T = I inexact
+
+
+def _kronecker_product(factors: list[Tensor], x: Tensor) -> Tensor:
+    # from the last mode, which is contiguous, to the first: no axis is ever moved
+    y, inner = x, 1
+    for A in reversed(factors):
+        y = y.reshape(-1, len(A)) @ A.t() if inner == 1 else torch.matmul(A, y.reshape(-1, len(A), inner))
+        inner *= len(A)
+    return y.reshape(x.shape)
 
 
 def paper_cores(factors: tuple[int, ...], rank: int) -> list[Tensor]:
