@@ -19,7 +19,6 @@ from ..training.report import describe_run
 from ..trilora_ops.adapter import Adapter
 from ..trilora_ops.checkpoint import AdapterState
 from ..trilora_ops.errors import TriLoRAError
-from ..trilora_ops.extract import extract_adapter
 from ..trilora_ops.metadata import describe_layers, reworked
 from ..trilora_ops.naming import UNetLayout, public_name
 from ..trilora_ops.registry import Method as MethodPair
@@ -122,6 +121,8 @@ def _open(model_tuned, model_base) -> tuple[EffectiveWeights, EffectiveWeights]:
 
 def _layer(key: str, tuned: EffectiveWeights, base: EffectiveWeights, method: MethodPair, energy: float, generator: torch.Generator) -> Extracted | None:
     """None where the difference is zero."""
+    from ..trilora_ops.extract import extract_adapter  # here: what only a tool needs must not slow the host's start
+
     weight, changed = base.weight(key), tuned.weight(key)
     _check_shape(key, tuple(changed.shape), tuple(weight.shape))  # a patch can give a weight another shape
     delta = changed.to(weight.device).sub_(weight).flatten(1)

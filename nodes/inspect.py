@@ -7,6 +7,7 @@ import logging
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import comfy.model_management
 import numpy as np
@@ -14,12 +15,13 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..training.report import describe_run
-from ..trilora_ops.analysis import LayerFacts, analyse, short_name
 from ..trilora_ops.errors import TriLoRAError
 from ..trilora_ops.metadata import title, trigger
 from . import compat
-from .inspect_plots import draw
 from .types import LoraModel
+
+if TYPE_CHECKING:  # what only a tool needs is imported when it runs, and does not slow the host's start
+    from ..trilora_ops.analysis import LayerFacts
 
 log = logging.getLogger("trilora")
 _STRONGEST = 5
@@ -48,6 +50,8 @@ class InspectAdapter(io.ComfyNode):
 
     @classmethod
     def execute(cls, adapter) -> io.NodeOutput:
+        from .inspect_plots import draw
+
         metadata = getattr(adapter, "metadata", None) or {}
         with torch.inference_mode(False), torch.no_grad():
             layers = inspect(adapter)
@@ -61,6 +65,8 @@ class InspectAdapter(io.ComfyNode):
 
 def inspect(adapter: Mapping[str, torch.Tensor]) -> list[LayerFacts]:
     """`analysis.analyse` of a LORA_MODEL. Raises TriLoRAError where it holds no tensors."""
+    from ..trilora_ops.analysis import analyse
+
     layers = analyse(adapter)
     if not layers:
         raise TriLoRAError("adapter: holds no tensors; connect the output of Load Adapter or Train Adapter")
@@ -69,6 +75,8 @@ def inspect(adapter: Mapping[str, torch.Tensor]) -> list[LayerFacts]:
 
 def describe_adapter(layers: Sequence[LayerFacts], metadata: Mapping[str, str]) -> str:
     """The report: facts from metadata, from the tensors, the layers of most energy, kinds that are not measured."""
+    from ..trilora_ops.analysis import short_name
+
     spectra = [layer for layer in layers if layer.rank]
     whole = sum(layer.energy for layer in spectra)
     ranks = Counter(layer.rank for layer in spectra)

@@ -9,7 +9,6 @@ from comfy_api.latest import io, ui
 from ..trilora_ops.checkpoint import split_layers
 from ..trilora_ops.errors import TriLoRAError
 from ..trilora_ops.metadata import summary
-from ..trilora_ops.resize import merge_adapters, resize
 from . import compat
 from .load import file_stamp, read_file
 from .names import convert_names
@@ -102,6 +101,9 @@ class MergeAdapters(io.ComfyNode):
     @classmethod
     def execute(cls, adapter_a, weight_a, adapter_b, weight_b, rank, energy, adapter_c=None, weight_c=1.0, adapter_d=None, weight_d=1.0,
                 model=None, clip=None) -> io.NodeOutput:
+        # here, as below: what only a tool needs must not slow the host's start
+        from ..trilora_ops.resize import merge_adapters
+
         given = {"a": (adapter_a, weight_a), "b": (adapter_b, weight_b), "c": (adapter_c, weight_c), "d": (adapter_d, weight_d)}
         parts = []
         with torch.inference_mode(False):
@@ -147,6 +149,8 @@ class ResizeAdapter(io.ComfyNode):
 
     @classmethod
     def execute(cls, adapter, rank, energy, power, cap) -> io.NodeOutput:
+        from ..trilora_ops.resize import resize
+
         with torch.inference_mode(False):
             resized, report = resize(as_state(adapter), rank, energy, power, cap)
         return _report(cls, resized, report.text())

@@ -19,14 +19,14 @@ from .registry import RESIDUALS, TRANSFORMS, read_part
 LOW_RANK = "low-rank"
 _ROWS = 512  # of T at a time
 # (what marks a tensor's name, the kind of layer it makes), the most telling first
-_KINDS = tuple((re.compile(pattern), kind) for pattern, kind in (
+_KINDS = (  # patterns as text: compiling all of them would take a tenth of the pack's import
     (r"\.hada_", "LoHa"), (r"\.lokr_", "LoKr"), (r"\.oft_", "OFT or BOFT"), (r"\.a1\.weight$", "GLoRA"), (r"\.(dora_scale|lora_magnitude_vector)", "DoRA"),
     (r"\.lora_mid", "low-rank with a Tucker core"), (r"\.reshape_weight$", "low-rank with a new shape"), (r"\.diff$", "full difference"),
-    (r"\.diff_b$", "difference of a bias"), (r"\.[bw]_norm$", "norm"), (r"\.set_weight$", "replaced weight")))
-_TAIL = re.compile(r"(\.(?:hada_|lokr_|oft_|[ab][12]\.|dora_scale|lora_|diff|[bw]_norm|set_weight|reshape_weight|alpha|scale|weight|bias)"
-                   r"|_lora\.).*$")
+    (r"\.diff_b$", "difference of a bias"), (r"\.[bw]_norm$", "norm"), (r"\.set_weight$", "replaced weight"))
+_TAIL = (r"(\.(?:hada_|lokr_|oft_|[ab][12]\.|dora_scale|lora_|diff|[bw]_norm|set_weight|reshape_weight|alpha|scale|weight|bias)"
+         r"|_lora\.).*$")
 # pattern in a layer's name with "." as "_" -> the block's name; the first that fits, in the order of the model
-_BLOCKS = tuple((re.compile(pattern), name) for pattern, name in (
+_BLOCKS = (
     (r"^(?:lora_)?te(?:xt_encoders?)?_?(\d?)_", "text {}"),
     (r"(?:^|_)down_blocks_(\d+)_(?:attentions|resnets)_(\d+)", "down {}.{}"), (r"(?:^|_)down_blocks_(\d+)_", "down {} end"),
     (r"(?:^|_)input_blocks_(\d+)_", "input {}"), (r"(?:^|_)mid(?:dle)?_block_", "mid"), (r"(?:^|_)output_blocks_(\d+)_", "output {}"),
@@ -34,7 +34,7 @@ _BLOCKS = tuple((re.compile(pattern), name) for pattern, name in (
     (r"(?:^|_)(?:double(?:_stream)?_blocks|double_layers)_(\d+)_", "double {}"), (r"(?:^|_)joint_(?:transformer_)?blocks_(\d+)_", "joint {}"),
     (r"(?:^|_)(?:single(?:_stream|_transformer)?_blocks|single_layers)_(\d+)_", "single {}"),
     (r"(?:^|_)(?:transformer_blocks|blocks|layers)_(\d+)_", "block {}"),
-))
+)
 # a level's end (its down- or upsampler) sorts behind the level's other blocks
 _STAGES = (0, 1, 1, 1, 2, 3, 3, 3, 4, 4, 5, 6, 7)
 _NUMBERED = ("double", "joint", "single", "block")  # numbered beyond nine: with a leading zero
@@ -134,7 +134,7 @@ def _place(name: str) -> tuple[int, str, str]:
     """(place among the kinds of blocks, the block, the rest of the name)."""
     flat = name.replace(".", "_") + "_"
     for place, (pattern, block) in enumerate(_BLOCKS):
-        if match := pattern.search(flat):
+        if match := re.search(pattern, flat):
             numbers = [n.zfill(2) if block.split()[0] in _NUMBERED else n for n in match.groups()]
             return place, block.format(*numbers).strip(), flat[match.end():].strip("_")
     return len(_BLOCKS), OTHER, flat.removeprefix("lora_unet_").strip("_")
@@ -224,8 +224,8 @@ def _sigma(pair: LowRank) -> Tensor:
 def _other_layers(tensors: Mapping[str, Tensor]) -> list[LayerFacts]:
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        layers.setdefault(_TAIL.sub("", key), {})[key] = tensor
-    return [LayerFacts(name, next((kind for mark, kind in _KINDS if any(map(mark.search, found))), "unknown"), _bytes(found.values()))
+        layers.setdefault(re.sub(_TAIL, "", key), {})[key] = tensor
+    return [LayerFacts(name, next((kind for mark, kind in _KINDS if any(re.search(mark, key) for key in found)), "unknown"), _bytes(found.values()))
             for name, found in layers.items()]
 
 

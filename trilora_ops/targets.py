@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from .errors import TriLoRAError
 
 # q, k, v and out of self- and cross-attention; Flux-like single-stream blocks fuse theirs into linear1 and linear2
-_ATTENTION = re.compile(r"\.(?:[a-z0-9_]*attn[0-9]*|[a-z0-9_]*attention)\.|single_(?:stream_)?blocks\.\d+\.linear[12]\.")
-_MODULATION = re.compile(r"modulation|adaln|_mod\.|\.norm|emb_layers")
+_ATTENTION = r"\.(?:[a-z0-9_]*attn[0-9]*|[a-z0-9_]*attention)\.|single_(?:stream_)?blocks\.\d+\.linear[12]\."
+_MODULATION = r"modulation|adaln|_mod\.|\.norm|emb_layers"
 # the numbered blocks, without the first convolution of a U-Net, which is numbered among them
-_BLOCK = re.compile(r"(?:blocks?|layers)\.(?!0\.0\.weight)\d+\.")
+_BLOCK = r"(?:blocks?|layers)\.(?!0\.0\.weight)\d+\."
 TARGETS = {
     "attention": "q, k, v and out of self- and cross-attention (the papers' choice)",
     "transformer": "all linear layers of the transformer blocks: attention, feed-forward, projections",
@@ -39,7 +39,7 @@ def select(layers: Mapping[str, int], target: str) -> list[str]:
 def _matches(key: str, axes: int, target: str) -> bool:
     if target == "everything":
         return True
-    if not _BLOCK.search(key):
+    if not re.search(_BLOCK, key):
         return False
     if target == "linear+conv":
         return True
@@ -47,9 +47,9 @@ def _matches(key: str, axes: int, target: str) -> bool:
         return False
     if target == "linear":
         return True
-    if _MODULATION.search(key):
+    if re.search(_MODULATION, key):
         return False
-    return target == "transformer" or (axes == 0 and bool(_ATTENTION.search(key)))
+    return target == "transformer" or (axes == 0 and bool(re.search(_ATTENTION, key)))
 
 
 def _example(layers: Iterable[str]) -> str:
