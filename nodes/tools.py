@@ -16,12 +16,12 @@ from .save import as_state
 from .types import LoraModel
 
 
-def _rank_input() -> io.Input:
-    return io.Int.Input("rank", default=0, min=0, max=4096, tooltip="Directions kept of every layer, the strongest first; 0 keeps all.")
+def _rank_input(optional: bool = False) -> io.Input:
+    return io.Int.Input("rank", default=0, min=0, max=4096, optional=optional, tooltip="Directions kept of every layer, the strongest first; 0 keeps all.")
 
 
-def _energy_input() -> io.Input:
-    return io.Float.Input("energy", default=0.0, min=0.0, max=1.0, step=0.01, round=0.0001,
+def _energy_input(optional: bool = False) -> io.Input:
+    return io.Float.Input("energy", default=0.0, min=0.0, max=1.0, step=0.01, round=0.0001, optional=optional,
                           tooltip="Keep as few directions as hold this share of each layer's energy: 0.9 usually makes a far smaller file that looks "
                                   "the same. 0 = no such rule. With rank, the smaller counts.")
 
@@ -82,12 +82,12 @@ class MergeAdapters(io.ComfyNode):
                 weight("a"),
                 LoraModel.Input("adapter_b", tooltip="The second one; it may have other layers and ranks."),
                 weight("b"),
-                _rank_input(),
-                _energy_input(),
                 LoraModel.Input("adapter_c", optional=True, tooltip="A third, if you like."),
                 weight("c"),
                 LoraModel.Input("adapter_d", optional=True, tooltip="A fourth, if you like."),
                 weight("d"),
+                _rank_input(optional=True),
+                _energy_input(optional=True),
                 io.Model.Input("model", optional=True, tooltip="The model they are for: needed where their files spell layers differently (kohya, diffusers)."),
                 io.Clip.Input("clip", optional=True, tooltip="Beside MODEL, for adapters that have layers for the text encoder."),
             ],
@@ -99,8 +99,8 @@ class MergeAdapters(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, adapter_a, weight_a, adapter_b, weight_b, rank, energy, adapter_c=None, weight_c=1.0, adapter_d=None, weight_d=1.0,
-                model=None, clip=None) -> io.NodeOutput:
+    def execute(cls, adapter_a, weight_a, adapter_b, weight_b, adapter_c=None, weight_c=1.0, adapter_d=None, weight_d=1.0,
+                rank=0, energy=0.0, model=None, clip=None) -> io.NodeOutput:
         # here, as below: what only a tool needs must not slow the host's start
         from ..trilora_ops.resize import merge_adapters
 

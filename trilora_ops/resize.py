@@ -38,7 +38,7 @@ class ResizeReport:
         before, after = sum(layer.before for layer in self.layers), sum(layer.after for layer in self.layers)
         lines = [f"{len(self.layers)} layers, {before} directions -> {after}; error {math.sqrt(self.energy_lost):.2%} of the whole adapter"]
         worst = sorted(self.layers, key=lambda layer: -layer.error)[:5]
-        lines += [f"  {layer.name}: rank {layer.before} -> {layer.after}, error {layer.error:.2%}" for layer in worst if layer.error > 0]
+        lines += [f"  {layer.name}: rank {layer.before} -> {layer.after}, error {layer.error:.2%}" for layer in worst if layer.error >= 5e-5]
         if self.kept:
             lines.append(f"{len(self.kept)} tensors of other kinds were left alone ({', '.join(self.kept[:5])})")
         return "\n".join(lines)
