@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import comfy.lora
 import comfy.lora_convert
 import torch
-from comfy.weight_adapter import LoRAAdapter
+from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 
 from ..trilora_ops.checkpoint import AdapterState
 from ..trilora_ops.errors import TriLoRAError
@@ -17,6 +17,7 @@ from ..trilora_ops.factors import LowRank, canonicalise, is_canonical, keep_rank
 from ..trilora_ops.merge import add_low_rank_
 from ..trilora_ops.peft_config import name_dora_scales
 from .compat import is_identity
+from .file_keys import check_left, check_once
 from .names import layer_names
 from .patch_shapes import check_shape, target_shapes
 
@@ -68,6 +69,7 @@ class Places:
         """
         tensors = comfy.lora_convert.convert_lora(name_dora_scales(state))
         found = {key: _heads(key, self.names) for key in tensors}
+        check_once(name, {key: (heads[0], self.names[heads[0]]) for key, heads in found.items() if heads}, tensors)
         used = set().union(*found.values())
         # the host tries every spelling of every name it is given: only those that the file has
         try:
@@ -82,11 +84,17 @@ class Places:
             check_shape(name, target, patch, self.shapes)
         if keep and (others := sum(not _is_low_rank(patch) for patch in loaded.values())):
             log.warning("%s: keep_rank left %d layers alone that are not low-rank", name, others)
-        unmatched = [key for key, heads in found.items() if not heads]
+        # the adapters of one file share the host's set of the keys it has used
+        taken = next((patch.loaded_keys for patch in loaded.values() if isinstance(patch, WeightAdapterBase)), None)
+        left = [key for key, heads in found.items() if heads and taken is not None and key not in taken]
+        check_left(name, left)
+        nowhere = {target for target in loaded if (target if isinstance(target, str) else target[0]) not in self.shapes}
+        unmatched = [key for key, heads in found.items() if not heads] + left + [f"{target} (the model has no such weight)" for target in nowhere]
         if unmatched:
             log.warning("%s: %d of %d keys have no place in this model%s: %s", name, len(unmatched), len(state),
                         "" if self.has_clip else " (no CLIP connected)", ", ".join(unmatched[:5]))
-        return {target: _own_patch(patch, keep) if type(patch) is LoRAAdapter else patch for target, patch in loaded.items()}
+        return {target: _own_patch(patch, keep) if type(patch) is LoRAAdapter else patch
+                for target, patch in loaded.items() if target not in nowhere}
 
 
 def patches_from_state(state: AdapterState, model, clip, name: str, keep: int = 0) -> dict:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..trilora_ops.adapter import Adapter, LayerShape
 from ..trilora_ops.errors import TriLoRAError
 from ..trilora_ops.registry import collect_tensors, read_adapter_tensors, read_part
+from ..trilora_ops.residuals.none import NoResidual
 from .compat import is_identity
 
 log = logging.getLogger("trilora")
@@ -46,21 +47,27 @@ class TransformPatch(WeightAdapterBase):
         return read_adapter_tensors(shape, *(_ready(part, device) for part in self.weights)).requires_grad_(False)
 
     def add_to_(self, target: Tensor, weight: Tensor, key: str, strength: float, function=None) -> None:
-        """target += strength * function(W0 (T - I) + R), W0 = weight; a broken layer is reported and left alone, as the host does."""
+        """target += strength * (W0 (T - I) + function(R)), W0 = weight; a broken layer is reported and left alone, as the host does.
+
+        function: how the rows that a file gives are laid out here (the halves of a fused weight exchanged). W0 is laid out
+        so already, and T only mixes columns.
+        """
         try:
             adapter = self.adapter(shape_of(weight), weight.device)
         except TriLoRAError as error:
             log.error("ERROR %s %s %s", self.name, key, error)
             return
-        if is_identity(function):
-            adapter.add_delta_(target, weight, strength)
-        else:
-            target += function((strength * adapter.delta(weight)).view(weight.shape).to(target.dtype))
+        pair = None if is_identity(function) else adapter.residual.low_rank()
+        if pair is not None:
+            adapter.residual = NoResidual(adapter.shape)
+        adapter.add_delta_(target, weight, strength)  # first, since target may be W0 itself
+        if pair is not None:
+            target += function((strength * pair.dense()).view(weight.shape).to(target.dtype))
 
     @torch.no_grad()
     def calculate_weight(self, weight, key, strength, strength_model, offset, function,
                          intermediate_dtype=torch.float32, original_weight=None):
-        """W += strength * function(W0 (T - I) + R), in place."""
+        """W += strength * (W0 (T - I) + function(R)), in place."""
         self.add_to_(weight, weight, key, strength, function)
         return weight
 

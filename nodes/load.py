@@ -8,6 +8,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..trilora_ops.checkpoint import AdapterState, read_adapter
+from ..trilora_ops.peft_config import BESIDE
 from . import compat
 from .comfy_patches import patches_from_state
 
@@ -52,11 +53,15 @@ class TriLoRALoader(io.ComfyNode):
         return io.NodeOutput(*apply_state(read_file(lora_name), model, clip, lora_name, strength_model, strength_clip, keep_rank))
 
 
-def file_stamp(lora_name: str | None) -> tuple[int, int] | None:
-    """(time of change, size) of a LoRA file; None where there is none, as for a name that comes over a link."""
+def file_stamp(lora_name: str | None) -> tuple[int, ...] | None:
+    """Times of change and sizes of a LoRA file and of PEFT's configuration beside it; None where there is no file, as for
+    a name that comes over a link."""
     path = lora_name and folder_paths.get_full_path("loras", lora_name)
-    stat = os.stat(path) if path else None
-    return stat and (stat.st_mtime_ns, stat.st_size)
+    if not path:
+        return None
+    beside = BESIDE.get(os.path.basename(path))
+    paths = [path, *([os.path.join(os.path.dirname(path), beside)] if beside else [])]
+    return tuple(n for p in paths if os.path.exists(p) for n in (os.stat(p).st_mtime_ns, os.stat(p).st_size))
 
 
 def read_file(lora_name: str) -> AdapterState:

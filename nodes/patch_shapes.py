@@ -39,6 +39,8 @@ def check_shape(name: str, target, patch, shapes: Mapping[str, torch.Size]) -> N
             _check_transform(patch, expected)
         elif isinstance(patch, WeightAdapterBase) and patch.name in _KINDS:
             size, magnitudes = _KINDS[patch.name]
+            if patch.name == "lora" and patch.weights[5] is not None and any(n < m for n, m in zip(patch.weights[5], expected, strict=False)):
+                raise TriLoRAError(f"gives it the shape {tuple(patch.weights[5])}, smaller than {tuple(expected)}; it was made for another model")
             if offset is not None and patch.name == "lora" and patch.weights[5] is not None:
                 raise TriLoRAError("gives a new shape to a part of a fused weight, which cannot be done; leave this file out")
             _check_size(size(patch.weights), expected)
@@ -50,6 +52,8 @@ def check_shape(name: str, target, patch, shapes: Mapping[str, torch.Size]) -> N
 
 
 def _check_transform(patch: TransformPatch, expected: list[int]) -> None:
+    if len(expected) < 2:
+        raise TriLoRAError(f"is a transform, and the weight is {tuple(expected)}, not a matrix; it was made for another model")
     try:
         patch.adapter(LayerShape(expected[0], expected[1], tuple(expected[2:])), torch.device("cpu"))
     except TriLoRAError as error:
@@ -70,7 +74,7 @@ def _check_magnitudes(dora_scale: Tensor | None, expected: list[int]) -> None:
 
 
 def _product(a: Tensor, b: Tensor) -> tuple[int, int]:
-    if a.ndim < 2 or b.ndim < 2 or a.flatten(1).shape[1] != b.shape[0]:
+    if a.ndim < 2 or b.ndim < 2 or a.flatten(1).shape[1] != b.shape[0] or b.shape[0] == 0:
         raise TriLoRAError(f"has factors of {tuple(a.shape)} and {tuple(b.shape)}, which cannot be multiplied; the file is broken")
     return a.shape[0], b.flatten(1).shape[1]
 
@@ -115,9 +119,16 @@ def _glora(weights) -> tuple[int, int]:
     return _product(b1, b2) if b1.shape[0] >= b2.shape[0] else _product(b2, b1)
 
 
+def _blocks(blocks: Tensor, axes: int) -> tuple[int, None]:
+    """Square blocks (.., count, b, b) make count * b rows."""
+    if blocks.ndim != axes or blocks.shape[-1] != blocks.shape[-2]:
+        raise TriLoRAError(f"has blocks of {tuple(blocks.shape)}, which are not square; the file is broken")
+    return blocks.shape[-3] * blocks.shape[-1], None
+
+
 # the host's name of a kind -> (its size in rows and columns, None where it fits any; where among its tensors DoRA's magnitudes are)
 _KINDS = {
     "lora": (_lora, 4), "loha": (_loha, 7), "lokr": (_lokr, 8), "glora": (_glora, 5),
-    "oft": (lambda weights: (weights[0].shape[0] * weights[0].shape[1], None), 3),
-    "boft": (lambda weights: (weights[0].shape[1] * weights[0].shape[2], None), 3),
+    "oft": (lambda weights: _blocks(weights[0], 3), 3),
+    "boft": (lambda weights: _blocks(weights[0], 4), 3),
 }  # fmt: skip

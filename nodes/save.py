@@ -66,7 +66,8 @@ def as_state(adapter) -> AdapterState:
     """A LORA_MODEL of any node as ours; core's has no metadata. Raises TriLoRAError for one without tensors."""
     if not adapter:
         raise TriLoRAError("adapter: holds no tensors; connect the output of Train Adapter")
-    return adapter if isinstance(adapter, AdapterState) else AdapterState(adapter, getattr(adapter, "metadata", None))
+    # other trainers' may be parameters, or lie on the GPU
+    return AdapterState({key: tensor.detach().cpu() for key, tensor in adapter.items()}, getattr(adapter, "metadata", None))
 
 
 def save_state(state: AdapterState, name: str, dtype: torch.dtype, keys: str = "kohya") -> str:
@@ -85,6 +86,6 @@ def save_state(state: AdapterState, name: str, dtype: torch.dtype, keys: str = "
         state = peft_state(state) if keys == "peft" else canonical_state(state)
     folder, stem, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
     title = {"modelspec.title": stem, "ss_output_name": stem} if state.metadata else {}
-    path = write_adapter(os.path.join(folder, f"{stem}_{counter:05}_.safetensors"), AdapterState(state, {**title, **state.metadata}), dtype)
+    path = write_adapter(os.path.join(folder, f"{stem}_{counter:05}_.safetensors"), AdapterState(state, {**state.metadata, **title}), dtype)
     log.info("saved %s", path)
     return str(path)

@@ -71,10 +71,10 @@ def test_layers_with_a_companion_stay_whole(companion):
     assert layers == {} and rest.keys() == tensors.keys()
 
 
-def test_a_lone_factor_is_not_a_layer():
-    tensors = {"x.lora_up.weight": draw(7, 2), "y.lora_down.weight": draw(2, 5), "z.hada_w1_a": draw(2, 2)}
-    layers, rest = split_layers(tensors)
-    assert layers == {} and rest.keys() == tensors.keys()
+def test_a_lone_factor_is_refused():
+    for name, other in (("x.lora_up.weight", "x.lora_down.weight"), ("x.lora_A.weight", "x.lora_B.weight")):
+        with pytest.raises(TriLoRAError, match=f"{other} is missing"):
+            split_layers({name: draw(7, 2), "z.hada_w1_a": draw(2, 2)})
 
 
 @pytest.mark.parametrize(("up", "down"), [((7, 2), (3, 5)), ((7,), (2, 5)), ((2, 7), (7,))], ids=str)

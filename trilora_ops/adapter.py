@@ -89,9 +89,7 @@ class Adapter(nn.Module):
     def delta(self, weight: Tensor) -> Tensor:
         """W' - W0 = W0 (T - I) + R; weight: (out, in, *kernel) -> (out, columns), fp32."""
         flat = weight.reshape(self.shape.out, -1).float()
-        delta = self.transform.delta(flat)
-        delta += self.residual.delta()
-        return delta
+        return self.transform.delta(flat) + self.residual.delta()
 
     @torch.no_grad()
     def add_delta_(self, target: Tensor, weight: Tensor, strength: float = 1.0) -> Tensor:
@@ -106,7 +104,7 @@ class Adapter(nn.Module):
             block = slice(start, start + rows)
             delta = self.transform.delta(weight[block].reshape(-1, self.shape.columns).float())
             if pair is not None:
-                delta.addmm_(pair.up[block], pair.down, alpha=pair.scale)
+                delta = torch.addmm(delta, pair.up[block], pair.down, alpha=pair.scale)
             target[block].add_(delta.view(target[block].shape), alpha=strength)
         return target
 

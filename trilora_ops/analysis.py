@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .adapter import LayerShape
-from .checkpoint import PARTS, split_layers
+from .checkpoint import PARTS, part_of, split_layers
 from .errors import TriLoRAError
 from .factors import LowRank, canonicalise, is_canonical, spectrum
 from .registry import RESIDUALS, TRANSFORMS, read_part
@@ -88,7 +88,7 @@ def analyse(tensors: Mapping[str, Tensor]) -> list[LayerFacts]:
     facts = [LayerFacts(name, LOW_RANK, _bytes((layer.pair.up, layer.pair.down, alphas.get(f"{name}.alpha"))), _sigma(layer.pair))
              for name, layer in plain.items()]
     facts += [_transform_layer(name, parts) for name, parts in _transform_layers(rest).items()]
-    facts += _other_layers({key: tensor for key, tensor in rest.items() if _part_of(key) is None})
+    facts += _other_layers({key: tensor for key, tensor in rest.items() if part_of(key) is None})
     return sorted(facts, key=lambda layer: block_order(layer.name))
 
 
@@ -140,19 +140,10 @@ def _place(name: str) -> tuple[int, str, str]:
     return len(_BLOCKS), OTHER, flat.removeprefix("lora_unet_").strip("_")
 
 
-def _part_of(key: str) -> tuple[str, str, str] | None:
-    """(layer, part, tensor) of a transform file's key."""
-    for part in PARTS:
-        name, mark, tensor = key.rpartition(f".{part}.")
-        if mark:
-            return name, part, tensor
-    return None
-
-
 def _transform_layers(rest: Mapping[str, Tensor]) -> dict[str, dict[str, dict[str, Tensor]]]:
     layers: dict[str, dict[str, dict[str, Tensor]]] = {}
     for key, tensor in rest.items():
-        if place := _part_of(key):
+        if place := part_of(key):
             name, part, own = place
             layers.setdefault(name, {p: {} for p in PARTS})[part][own] = tensor
     return layers

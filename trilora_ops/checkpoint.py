@@ -36,6 +36,10 @@ PARTS = ("transform", "residual")
 _NOT_PLAIN = (".lora_mid.weight", ".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".reshape_weight")
 
 
+# what other programs write of a file's own bytes
+_HASHES = ("sshs_", "modelspec.hash")
+
+
 class AdapterState(dict):
     """An adapter in memory: public key -> tensor, with the file's metadata (str -> str). The host's LORA_MODEL."""
 
@@ -73,15 +77,22 @@ class FileLayer:
 def split_layers(tensors: Mapping[str, Tensor]) -> tuple[dict[str, FileLayer], dict[str, Tensor]]:
     """(layer name -> its plain low-rank factors, all tensors that are not part of one).
 
-    Tucker cores, DoRA magnitudes and every other kind stay in the second part untouched. Raises TriLoRAError where a
-    pair's shapes do not fit each other.
+    Tucker cores, DoRA magnitudes and every other kind stay in the second part untouched. Raises TriLoRAError for a layer
+    that is there twice or by half, and where a pair's shapes do not fit each other.
     """
     layers, rest = {}, dict(tensors)
     for key in tensors:
         for up_end, down_end in PAIRS:
-            name = key.removesuffix(up_end)
-            if name == key or name + down_end not in tensors or any(name + end in tensors for end in _NOT_PLAIN):
+            name, is_up = (key.removesuffix(up_end), True) if key.endswith(up_end) else (key.removesuffix(down_end), False)
+            if name == key or any(name + end in tensors for end in _NOT_PLAIN):
                 continue
+            other = name + (down_end if is_up else up_end)
+            if other not in tensors:
+                raise TriLoRAError(f"{other} is missing, the other half of {key}; the file is incomplete; copy or download it again")
+            if not is_up:
+                break
+            if name in layers:
+                raise TriLoRAError(f"{key}: its layer is in the file twice, under two endings; the file is broken")
             up, down, alpha = tensors[key], tensors[name + down_end], tensors.get(name + ALPHA)
             _check_pair(key, up, name + down_end, down, alpha)
             rank = down.shape[0]
@@ -150,9 +161,10 @@ def read_adapter(path: str | os.PathLike) -> AdapterState:
 
 
 def write_adapter(path: str | os.PathLike, state: AdapterState, dtype: torch.dtype) -> Path:
-    """Write atomically (a complete file appears or none); alpha stays fp32. Never overwrites.
+    """Write atomically (a complete file appears or none). Never overwrites.
 
-    dtype: of all other floating-point tensors. Raises TriLoRAError where the file exists or the dtype cannot hold a value.
+    dtype: of all floating-point tensors but alpha, scales and transforms, which stay fp32: half precision cannot hold an
+    identity plus something small. Hashes that the metadata have of another file are left out. Raises TriLoRAError where the file exists or the dtype cannot hold a value.
     """
     path = Path(path)
     if path.exists():
@@ -165,7 +177,7 @@ def write_adapter(path: str | os.PathLike, state: AdapterState, dtype: torch.dty
     try:
         partial.touch()
         mode = partial.stat().st_mode  # what this process gives its files; the writer makes the owner's alone
-        save_file(tensors, partial, metadata=dict(state.metadata))
+        save_file(tensors, partial, metadata={k: v for k, v in state.metadata.items() if not k.startswith(_HASHES)})
         partial.chmod(mode)
         os.replace(partial, path)
     except BaseException:
@@ -188,7 +200,7 @@ def check_finite(tensors: Mapping[str, Tensor], problem: str = "holds NaN or inf
 def _take_scale_of_peft(state: AdapterState, path: Path) -> None:
     config = read_config(path, state.metadata)
     names = [(key.removesuffix(up), down) for key in state for up, down in PAIRS if key.endswith(up)]
-    ranks = {name: state[name + down].shape[0] for name, down in names if name + down in state}
+    ranks = {name: state[name + down].shape[0] for name, down in names if name + down in state and state[name + down].ndim}
     for name, alpha in alphas(config, ranks).items():
         if alpha != ranks[name]:
             state.setdefault(name + ALPHA, torch.tensor(alpha))
@@ -197,12 +209,17 @@ def _take_scale_of_peft(state: AdapterState, path: Path) -> None:
 
 
 def _cast(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if not tensor.is_floating_point() or key.endswith(ALPHA):
+    place = part_of(key)
+    if not tensor.is_floating_point() or key.endswith(ALPHA) or (place and (place[1] == "transform" or place[2] == "scale")):
         return tensor.detach().cpu().contiguous()
     return tensor.detach().to("cpu", dtype).contiguous()
 
 
 def _check_pair(up_key: str, up: Tensor, down_key: str, down: Tensor, alpha: Tensor | None) -> None:
+    if not (up.is_floating_point() and down.is_floating_point()):
+        raise TriLoRAError(f"{up_key} is {up.dtype} and {down_key} is {down.dtype}: expected floating-point factors; the file is broken")
+    if up.numel() == 0 or down.numel() == 0:
+        raise TriLoRAError(f"{up_key} is {tuple(up.shape)} and {down_key} is {tuple(down.shape)}: a layer of rank 0 or without size; the file is broken")
     if up.ndim < 2 or down.ndim < 2 or up.flatten(1).shape[1] != down.shape[0]:
         raise TriLoRAError(f"{up_key} is {tuple(up.shape)} and {down_key} is {tuple(down.shape)}: expected (out, r) and "
                            "(r, in) with the same r; the file is broken")
@@ -216,7 +233,7 @@ def _check_strict(state: AdapterState) -> None:
         raise TriLoRAError(f"trilora.version={version!r}: this release reads version {VERSION}; update ComfyUI-TriLoRA")
     forms = ((UP, DOWN, ALPHA), (PEFT_UP, PEFT_DOWN))  # the tensors of a whole layer, kohya's and PEFT's
     parts = _parts(state)
-    unknown = [key for key in state if not key.endswith(sum(forms, ())) and not any(f".{part}." in key for part in PARTS)]
+    unknown = [key for key in state if not key.endswith(sum(forms, ())) and part_of(key) is None]
     unknown += [f"{name}.{part}.{tensor}" for name, found in parts.items() for part, names in found.items()
                 if not is_known(part, names) for tensor in sorted(names)]
     missing = sorted({key.removesuffix(end) + other for key in state for form in forms for end in form if key.endswith(end)
@@ -224,15 +241,31 @@ def _check_strict(state: AdapterState) -> None:
     if unknown or missing:
         found = "; ".join(f"{what}: {', '.join(keys[:5])}" for what, keys in (("unknown", unknown), ("missing", missing)) if keys)
         raise TriLoRAError(f"not a complete TriLoRA file ({found}); copy or save it again")
-    split_layers(state)
+    alone = sorted(name for name, found in parts.items() if not found["transform"])
+    if alone:
+        raise TriLoRAError(f"{alone[0]}.residual has no transform beside it: not a complete TriLoRA file; copy or save it again")
+    twice = sorted(split_layers(state)[0].keys() & parts.keys())
+    if twice:
+        raise TriLoRAError(f"{twice[0]}: is in the file twice, as a plain layer and with a transform; the file is broken")
+
+
+def part_of(key: str) -> tuple[str, str, str] | None:
+    """(layer, "transform" or "residual", tensor) of a key that holds a part of a layer with a transform, None for any other.
+
+    A layer's own path may have these words in it: what follows the last of them must be a single name.
+    """
+    for part in PARTS:
+        name, mark, tensor = key.rpartition(f".{part}.")
+        if mark and "." not in tensor:
+            return name, part, tensor
+    return None
 
 
 def _parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, set[str]]]:
     """Layer name -> {"transform": tensor names, "residual": tensor names}, for layers that have either."""
     layers: dict[str, dict[str, set[str]]] = {}
     for key in tensors:
-        for part in PARTS:
-            name, mark, tensor = key.rpartition(f".{part}.")
-            if mark:
-                layers.setdefault(name, {p: set() for p in PARTS})[part].add(tensor)
+        if place := part_of(key):
+            name, part, tensor = place
+            layers.setdefault(name, {p: set() for p in PARTS})[part].add(tensor)
     return layers

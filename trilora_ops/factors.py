@@ -58,8 +58,8 @@ def canonicalise(pair: LowRank) -> LowRank:
 
 
 def spectrum(pair: LowRank) -> Tensor:
-    """Singular values of R in canonical form: the column norms of up times the scale, (r,), falling."""
-    return pair.up.float().norm(dim=0) * pair.scale
+    """Singular values of R in canonical form: the column norms of up times the scale's size, (r,), falling."""
+    return pair.up.float().norm(dim=0) * abs(pair.scale)
 
 
 def is_canonical(pair: LowRank, tolerance: float = 1e-3) -> bool:

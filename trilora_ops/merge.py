@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -38,6 +40,8 @@ def _join(parts: Sequence[tuple[LowRank, float]], weight: Tensor) -> tuple[Tenso
     Factors are joined in the dtype they have in the file and cast once. Scales that differ go into the smaller of the
     two, in fp32 and relative to the largest, so that half precision can hold the result.
     """
+    if weight.dtype == torch.float16:
+        parts = [(_balanced(pair), strength) for pair, strength in parts]
     scales = [pair.scale * strength for pair, strength in parts]
     up, down = _cat([pair.up for pair, _ in parts], 1, weight), _cat([pair.down for pair, _ in parts], 0, weight)
     factor = scales[0]
@@ -58,3 +62,11 @@ def _cat(factors: list[Tensor], axis: int, weight: Tensor) -> Tensor:
     if len({factor.dtype for factor in factors}) > 1:  # not every two dtypes can be joined
         factors = [factor.to(weight.dtype) for factor in factors]
     return torch.cat(factors, dim=axis)
+
+
+def _balanced(pair: LowRank) -> LowRank:
+    """The same product from factors whose largest entries are near 1, as fp16 needs them; their sizes go into the scale."""
+    sizes = [2.0 ** math.floor(math.log2(size)) if (size := float(factor.abs().max())) else 0.0 for factor in (pair.up, pair.down)]
+    if not all(sizes):
+        return replace(pair, scale=0.0)
+    return LowRank(pair.up.float() / sizes[0], pair.down.float() / sizes[1], pair.scale * sizes[0] * sizes[1])

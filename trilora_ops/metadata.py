@@ -93,7 +93,7 @@ def summary(metadata: Mapping[str, str]) -> str:
 
 
 def _ranks(ranks: Mapping[str, int]) -> dict[str, str]:
-    # canonical form: alpha is rank * c, with c of each layer
+    # chosen when the file is written, for all of its layers together
     return {"trilora.plan": json.dumps(dict(ranks), sort_keys=True), "ss_network_alpha": "Dynamic",
             "ss_network_dim": str(next(iter(ranks.values()))) if len(set(ranks.values())) == 1 else "Dynamic"}
 

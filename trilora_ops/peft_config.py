@@ -56,8 +56,9 @@ def alphas(config: Mapping, ranks: Mapping[str, int]) -> dict[str, float]:
             continue
         module = name.removeprefix(component).removeprefix(_WRAPPER)
         alpha = _alpha(config, component, module)
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
-            raise TriLoRAError(f"{component}lora_alpha={alpha!r}: expected a positive number; the file is broken")
+        # 1e19: the square root of what fp32 holds, so that its multiples are finite too
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < 1e19:
+            raise TriLoRAError(f"{component}lora_alpha={alpha!r:.40}: expected a positive number; the file is broken")
         found[name] = float(alpha) * (math.sqrt(rank) if config.get(f"{component}use_rslora") else 1.0)
     return found
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .checkpoint import PARTS, SVD_MARK, AdapterState, FileLayer, check_finite, split_layers
+from .checkpoint import SVD_MARK, AdapterState, FileLayer, check_finite, part_of, split_layers
 from .errors import TriLoRAError
 from .factors import LowRank, canonicalise, keep_energy, keep_rank, reweight, spectrum, weighted_sum
 from .metadata import common, reworked, title
@@ -121,7 +121,7 @@ def _cut(pair: LowRank, rank: int, energy: float) -> LowRank:
 
 def _refuse_transforms(state: AdapterState, verb: str) -> None:
     for key in state:
-        if any(f".{part}." in key for part in PARTS):
+        if part_of(key):
             raise TriLoRAError(f"{key}: a layer with a transform depends on the model's own weight and cannot be {verb} without it; {_BAKE}")
 
 

@@ -104,7 +104,7 @@ def test_half_weights_and_half_intermediates(ops, dtype):
 
 
 def test_slices_functions_model_strength_and_memory_order(ops):
-    """Split q/k/v targets are written through, `function` patches get the delta, channels_last weights stay so."""
+    """Split q/k/v targets are written through, `function` patches turn R, channels_last weights stay so."""
     for name, method in kinds(ops):
         fused = torch.randn(30, 24, generator=generator(4))
         adapter, tensors = trained(ops, method, fused[10:20])
@@ -115,8 +115,10 @@ def test_slices_functions_model_strength_and_memory_order(ops):
 
         weight = torch.randn(10, 24, generator=generator(5))
         adapter, tensors = trained(ops, method, weight)
-        delta = adapter.delta(weight).detach()
-        assert distance(merged(loaded(tensors), weight.clone(), function=comfy.utils.swap_scale_shift), weight + comfy.utils.swap_scale_shift(delta)) <= 1e-5
+        # the file's rows stand the other way round: so does R; T only mixes columns
+        R = adapter.residual.delta().detach()
+        wanted = weight + adapter.transform.delta(weight).detach() + (comfy.utils.swap_scale_shift(R) if R.ndim else R)
+        assert distance(merged(loaded(tensors), weight.clone(), function=comfy.utils.swap_scale_shift), wanted) <= 1e-5
         assert distance(merged(loaded(tensors), weight.clone(), strength_model=0.6), 0.6 * weight + adapter.delta(0.6 * weight).detach()) <= 1e-5
 
         kernel = torch.randn(6, 8, 3, 3, generator=generator(6))

@@ -75,7 +75,9 @@ class FixedLowRank(LowRankResidual):
 
     def __init__(self, shape: LayerShape, pair: LowRank):
         super().__init__(shape)
-        self.pair = pair
+        self.register_buffer("up", pair.up, persistent=False)  # buffers: they follow the module to another device
+        self.register_buffer("down", pair.down, persistent=False)
+        self.scale = pair.scale
 
     @classmethod
     def from_tensors(cls, shape: LayerShape, tensors: Mapping[str, Tensor]) -> "FixedLowRank | None":
@@ -90,4 +92,4 @@ class FixedLowRank(LowRankResidual):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(scale * up, down), fp32."""
-        return self.pair.up.float() * self.pair.scale, self.pair.down.float()
+        return self.up.float() * self.scale, self.down.float()

@@ -97,10 +97,11 @@ class TensorRingResidual(LowRankResidual):
         sizes, product, out_cores = [len(core) for core in cores], 1, 0
         while product < shape.out and out_cores < len(sizes):
             product, out_cores = product * sizes[out_cores], out_cores + 1
-        if product != shape.out or math.prod(sizes[out_cores:]) != shape.columns:
+        out_cores = max(1, out_cores)
+        if product != shape.out or out_cores == len(sizes) or math.prod(sizes[out_cores:]) != shape.columns:
             raise TriLoRAError(f"residual cores of sizes {'x'.join(map(str, sizes))} do not multiply to the layer's {shape.out} and {shape.columns}; they are another layer's")
         # a leading run of ones was the output side's padding: a chain may be cut after any core of size one
-        return cls(shape, cores, max(1, out_cores), 1.0)
+        return cls(shape, cores, out_cores, 1.0)
 
     def tensors(self) -> dict[str, Tensor]:
         """The cores, with the scale folded into the first."""
