@@ -105,6 +105,8 @@ def _lokr(weights) -> tuple[int, int]:
     w1, w2, _, a1, b1, a2, b2, core, _ = weights
     if (w1 is None and (a1 is None or b1 is None)) or (w2 is None and (a2 is None or b2 is None)):
         raise TriLoRAError("lacks a factor of its Kronecker product; the file is incomplete")
+    if any(whole is not None and whole.ndim < 2 for whole in (w1, w2)):
+        raise TriLoRAError("has a factor of its Kronecker product that is no matrix; the file is broken")
     left = tuple(w1.flatten(1).shape) if w1 is not None else _product(a1, b1)
     if w2 is not None:
         right = tuple(w2.flatten(1).shape)

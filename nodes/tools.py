@@ -139,6 +139,8 @@ class ResizeAdapter(io.ComfyNode):
                                tooltip="1 = as it is; below 1 lifts the weak directions towards the strongest, above 1 lowers them. The strongest stays."),
                 io.Float.Input("cap", default=0.0, min=0.0, max=1.0, step=0.01,
                                tooltip="No direction stays stronger than this share of the strongest: 0.5 halves an overtrained one. 0 = no cap."),
+                compat.advanced(io.String.Input("gains", default="", tooltip="Factors of each layer's first directions, strongest first: 0, 1, 1.5 takes the "
+                                                                             "strongest out and lifts the third. The rest keep 1.")),
             ],
             outputs=[
                 LoraModel.Output(display_name="adapter", tooltip="The resized adapter, for Save Adapter or the tools."),
@@ -148,11 +150,15 @@ class ResizeAdapter(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, adapter, rank, energy, power, cap) -> io.NodeOutput:
+    def execute(cls, adapter, rank, energy, power, cap, gains="") -> io.NodeOutput:
         from ..trilora_ops.resize import resize
 
+        try:
+            factors = [float(word) for word in gains.replace(",", " ").split()]
+        except ValueError:
+            raise TriLoRAError(f"gains={gains!r}: numbers with commas between them, such as 0, 1, 1.5") from None
         with torch.inference_mode(False):
-            resized, report = resize(as_state(adapter), rank, energy, power, cap)
+            resized, report = resize(as_state(adapter), rank, energy, power, cap, factors)
         return _report(cls, resized, report.text())
 
 

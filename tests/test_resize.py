@@ -7,6 +7,7 @@ import torch
 from comfyui_trilora.trilora_ops.checkpoint import (
     AdapterState,
     FileLayer,
+    canonical_state,
     peft_state,
     read_adapter,
     split_layers,
@@ -200,3 +201,21 @@ def test_the_parts_are_not_changed():
     before = {key: tensor.clone() for key, tensor in state.items()}
     resize(state, 1), merge_adapters([(state, 2.0), (state, 1.0)])
     assert all(torch.equal(state[key], tensor) for key, tensor in before.items()) and state.metadata == {"a": "1"}
+
+
+@pytest.mark.parametrize("gains", [(0.0,), (1.0, 0.5), (-1.0, 2.0, 0.25)], ids=str)
+def test_gains_by_direction_and_their_error(gains):
+    """Each layer's first directions times their factors, whatever order they are in afterwards; the stated error is the dense one."""
+    state = adapter()
+    result, report = resize(state, gains=gains)
+    before, after = split_layers(canonical_state(state))[0], split_layers(result)[0]
+    for change in report.layers:
+        pair = before[change.name].pair
+        factors = torch.ones(pair.rank)
+        factors[: len(gains)] = torch.tensor(gains)[: pair.rank]
+        wanted = pair.scale * (pair.up * factors) @ pair.down
+        found = after[change.name].pair.dense()
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6 * float(pair.dense().norm()))
+        assert change.error == pytest.approx(float((found - pair.dense()).norm() / pair.dense().norm()), rel=1e-4)
+    with pytest.raises(TriLoRAError, match="gains"):
+        resize(state, gains=(float("nan"),))

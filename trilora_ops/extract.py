@@ -206,7 +206,7 @@ def _minimise(misfit: Callable[[], Tensor], parameters: list[Tensor], size: Tens
                 error = float("nan")
             if not error < before:
                 _write(parameters, kept)
-                return before
+                return float(misfit().detach().norm() / size)
             if not error < before * (1 - _GAIN):
                 break
     return error

@@ -101,6 +101,8 @@ def reweight(pair: LowRank, power: float = 1.0, cap: float = 0.0, gains: Sequenc
         raise TriLoRAError(f"power={power}: an exponent of at least 0; 1 leaves the spectrum as it is")
     if not 0 <= cap <= 1:
         raise TriLoRAError(f"cap={cap}: a share of the strongest direction, above 0 and at most 1, or 0 for none")
+    if not all(map(math.isfinite, gains or ())):
+        raise TriLoRAError(f"gains={list(gains)}: finite factors; 1 leaves a direction as it is")
     if power == 1 and cap in (0, 1) and gains is None:
         return pair
     up = pair.up.double() * pair.scale

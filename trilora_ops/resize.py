@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from .checkpoint import SVD_MARK, AdapterState, FileLayer, check_finite, part_of, split_layers
 from .errors import TriLoRAError
 from .factors import LowRank, canonicalise, keep_energy, keep_rank, reweight, spectrum, weighted_sum
@@ -44,12 +42,13 @@ class ResizeReport:
         return "\n".join(lines)
 
 
-def resize(state: AdapterState, rank: int = 0, energy: float = 0.0, power: float = 1.0, cap: float = 0.0) -> tuple[AdapterState, ResizeReport]:
+def resize(state: AdapterState, rank: int = 0, energy: float = 0.0, power: float = 1.0, cap: float = 0.0,
+           gains: Sequence[float] = ()) -> tuple[AdapterState, ResizeReport]:
     """The adapter with every low-rank layer reweighted (`factors.reweight`) and then cut, and what that changed.
 
     rank: directions kept at most, 0 = all; energy: share of each layer's sum of sigma^2 that must stay, in (0, 1], 0 = no
-    such rule; with both, the smaller. Tensors of other kinds are carried over. Raises TriLoRAError for a file with
-    transforms, a value out of range or an adapter without low-rank layers.
+    such rule; with both, the smaller; gains: factors of every layer's first directions. Tensors of other kinds are carried
+    over. Raises TriLoRAError for a file with transforms, a value out of range or an adapter without low-rank layers.
     """
     _refuse_transforms(state, "resized")
     check_finite(state)
@@ -59,14 +58,12 @@ def resize(state: AdapterState, rank: int = 0, energy: float = 0.0, power: float
     tensors, changes, lost, whole = dict(rest), [], 0.0, 0.0
     for name, layer in layers.items():
         pair = canonicalise(layer.pair)
-        found = _cut(reweight(pair, power, cap), rank, energy)
-        sigma, kept = spectrum(pair).double(), torch.zeros(pair.rank, dtype=torch.float64)
-        kept[: found.rank] = spectrum(found).double()
-        missing, size = float((sigma - kept).square().sum()), float(sigma.square().sum())
+        found = _cut(reweight(pair, power, cap, gains or None), rank, energy)
+        missing, size = _missing(pair, found), float(spectrum(pair).double().square().sum())
         lost, whole = lost + missing, whole + size
         changes.append(LayerChange(name, layer.pair.rank, found.rank, math.sqrt(missing / size) if size else 0.0))
         tensors |= FileLayer(found, layer.kernel).tensors(name)
-    action = {"action": "resize", "rank": rank, "energy": energy, "power": power, "cap": cap}
+    action = {"action": "resize", "rank": rank, "energy": energy, "power": power, "cap": cap, "gains": list(gains)}
     report = ResizeReport(tuple(changes), tuple(sorted(rest)), lost / whole if whole else 0.0)
     metadata = reworked(getattr(state, "metadata", {}), {change.name: change.after for change in changes}, action)
     return AdapterState(tensors, metadata if rest else {**metadata, **SVD_MARK}), report
@@ -110,6 +107,15 @@ def merge_adapters(parts: Sequence[tuple[AdapterState, float]], rank: int = 0, e
 
 
 _BAKE = "put it on a model with TriLoRA Loader or Adapter Stack, and make a low-rank file of that with Extract Adapter"
+
+
+def _missing(pair: LowRank, found: LowRank) -> float:
+    """||R - R'||_F^2 of two canonical pairs: both have orthonormal rows, so sum over directions of |u_i - sum_j (v_i v_j') u_j'|^2
+    and of what R' has outside R's rows."""
+    up, other = pair.up.double() * pair.scale, found.up.double() * found.scale
+    across = found.down.double() @ pair.down.double().t()  # v_j' v_i
+    outside = found.down.double() - across @ pair.down.double()
+    return float((up - other @ across).square().sum() + (other @ outside).square().sum())
 
 
 def _cut(pair: LowRank, rank: int, energy: float) -> LowRank:

@@ -70,9 +70,10 @@ def test_what_no_reader_takes_is_counted(read, width, caplog):
     [(lambda n: {LAYER + ".lora_up.weight": draw(n, 0), LAYER + ".lora_down.weight": draw(0, n)}, "cannot be multiplied"),
      (lambda n: {LAYER + ".oft_blocks": draw(n // 4, 4, 5)}, "not square"),
      (lambda n: pair(LAYER, n) | {LAYER + ".reshape_weight": torch.tensor([n, n // 2])}, "smaller"),
+     (lambda n: {LAYER + ".lokr_w1": draw(2), LAYER + ".lokr_w2": draw(n // 2, n // 2)}, "no matrix"),
      (lambda n: {NORM + ".transform.m": torch.ones(n)}, "not a matrix"),
      (lambda n: pair(LAYER, n) | {LAYER + ".alpha": torch.ones(2)}, "expected one number")],
-    ids=["rank 0", "oft", "reshape", "norm", "alpha"],
+    ids=["rank 0", "oft", "reshape", "lokr", "norm", "alpha"],
 )  # fmt: skip
 def test_impossible_layers_are_refused(read, width, tensors, words):
     with pytest.raises(ValueError, match=f"a.safetensors: .*{words}"):
