@@ -1,5 +1,7 @@
 """Laws over every form and every writer: read, canonicalised, written and read again, a delta is the same."""
 
+import dataclasses
+
 import pytest
 import torch
 from comfyui_trilora.tests.interchange.small_models import assert_same, draw, file_deltas, random_adapter
@@ -95,3 +97,13 @@ def test_one_alpha_of_nothing_trained():
         assert len({pair.alpha for pair in result.values()}) == 1
         for name, pair in pairs.items():
             torch.testing.assert_close(result[name].dense(), pair.dense())
+
+
+@pytest.mark.parametrize(("ratio", "error"), [(1.0, 1e-3), (1e-3, 1.5e-3), (1e-4, 3e-3)])
+def test_a_weak_layer_keeps_its_digits_in_fp16(ratio, error):
+    """What one alpha for all layers costs the weakest of them in half precision."""
+    strong, weak = (canonicalise(LowRank(draw(640, 8, seed=n), draw(8, 320, seed=n + 9))) for n in (0, 1))
+    weak = dataclasses.replace(weak, scale=weak.scale * ratio)
+    found = one_alpha({"strong": strong, "weak": weak})["weak"]
+    half = LowRank(found.up.half(), found.down.half(), found.scale).dense()
+    assert float((half - weak.dense()).norm() / weak.dense().norm()) <= error
