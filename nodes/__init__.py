@@ -5,7 +5,9 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
-from . import comfy_diffusers, comfy_transforms
+from . import compat
+from .comfy_diffusers import DiffusersLoRA
+from .comfy_transforms import TransformPatch
 from .dataset import TrainingDatasetNode
 from .extract import ExtractAdapter
 from .inspect import InspectAdapter
@@ -26,8 +28,8 @@ class TriLoRAExtension(ComfyExtension):
     """What the host asks for its list of nodes."""
 
     def __init__(self):
-        comfy_transforms.register()
-        comfy_diffusers.register()
+        compat.register_adapter(TransformPatch)
+        compat.register_adapter(DiffusersLoRA)
 
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import comfy.weight_adapter
 from comfy.weight_adapter import LoRAAdapter
 
 from ..trilora_ops.naming import peft_spellings
@@ -27,9 +26,3 @@ class DiffusersLoRA(LoRAAdapter):
                 found.loaded_keys.update(key for key in (f"{name}.alpha", f"{name}.dora_scale") if key in lora)
                 return found
         return None
-
-
-def register() -> None:
-    """Append the class to the host's list, once however often the pack is loaded."""
-    if not any(adapter.name == DiffusersLoRA.name for adapter in comfy.weight_adapter.adapters):
-        comfy.weight_adapter.adapters.append(DiffusersLoRA)

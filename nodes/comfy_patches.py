@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import comfy.lora
@@ -18,7 +17,7 @@ from ..trilora_ops.merge import add_low_rank_
 from ..trilora_ops.peft_config import name_dora_scales
 from .compat import is_identity
 from .file_keys import check_left, check_once
-from .names import layer_names
+from .names import layer_names, names_in
 from .patch_shapes import check_shape, target_shapes
 
 log = logging.getLogger("trilora")
@@ -68,7 +67,7 @@ class Places:
         model are counted in the log. Raises TriLoRAError if none has one, or a layer's shape is wrong.
         """
         tensors = comfy.lora_convert.convert_lora(name_dora_scales(state))
-        found = {key: _heads(key, self.names) for key in tensors}
+        found = {key: names_in(key, self.names) for key in tensors}
         check_once(name, {key: (heads[0], self.names[heads[0]]) for key, heads in found.items() if heads}, tensors)
         used = set().union(*found.values())
         # the host tries every spelling of every name it is given: only those that the file has
@@ -117,13 +116,3 @@ def _own_patch(patch: LoRAAdapter, keep: int) -> LowRankPatch:
             up, alpha = pair.up.reshape(up.shape[0], rows, *up.shape[2:]), pair.alpha
             down = pair.down.reshape(rows, *down.shape[1:])
     return LowRankPatch(patch.loaded_keys, (up, down, alpha, mid, dora_scale, reshape))
-
-
-def _heads(key: str, names: Mapping) -> list[str]:
-    """The names in `names` that a file's key may begin with: cut off at any of its dots, with or without "_lora"."""
-    heads, place = [], len(key)
-    while place > 0:
-        head = key[:place]
-        heads += [name for name in {head, head.removesuffix("_lora")} if name in names]
-        place = key.rfind(".", 0, place)
-    return heads

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 
-import comfy.weight_adapter
 import torch
 from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
@@ -96,9 +95,3 @@ def _ready(part, device: torch.device) -> dict[str, Tensor]:
 def shape_of(weight: Tensor) -> LayerShape:
     """The layer's shape as its weight tells it: (out, in, *kernel)."""
     return LayerShape(weight.shape[0], weight.shape[1], tuple(weight.shape[2:]))
-
-
-def register() -> None:
-    """Append our class to the host's list, once however often the pack is loaded."""
-    if not any(adapter.name == TransformPatch.name for adapter in comfy.weight_adapter.adapters):
-        comfy.weight_adapter.adapters.append(TransformPatch)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import comfy.model_management
 import comfy.ops
+import comfy.weight_adapter
 from comfy_api.latest import io
 from torch import Tensor, nn
 
@@ -33,6 +34,12 @@ def is_identity(function) -> bool:
     """Whether a patch has no function: the host then puts `lambda a: a`, every one of which has this byte code."""
     code = getattr(function, "__code__", None)
     return function is None or (code is not None and code.co_code == _IDENTITY)
+
+
+def register_adapter(adapter: type) -> None:
+    """Append a class to the host's list of weight adapters, once however often the pack is loaded."""
+    if not any(known.name == adapter.name for known in comfy.weight_adapter.adapters):
+        comfy.weight_adapter.adapters.append(adapter)
 
 
 def training_clone(patcher):

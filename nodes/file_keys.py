@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor
@@ -11,8 +10,8 @@ from ..trilora_ops.checkpoint import ALPHA, PAIRS, part_of
 from ..trilora_ops.errors import TriLoRAError
 
 # endings that make a layer's weight by themselves, by kind; what is not here only accompanies (alpha, magnitudes, biases)
-_KINDS = (("LoHa", re.compile(r"\.hada_")), ("LoKr", re.compile(r"\.lokr_")), ("OFT", re.compile(r"\.oft_")),
-          ("a full difference", re.compile(r"\.diff$")), ("a whole weight", re.compile(r"\.set_weight$")), ("a norm", re.compile(r"\.w_norm$")))
+_WITHIN = {".hada_": "LoHa", ".lokr_": "LoKr", ".oft_": "OFT"}
+_AT_THE_END = {".diff": "a full difference", ".set_weight": "a whole weight", ".w_norm": "a norm"}
 
 
 def check_once(name: str, places: Mapping[str, tuple[str, object]], tensors: Mapping[str, Tensor]) -> None:
@@ -47,4 +46,5 @@ def _kind_of(key: str) -> str | None:
     for pair in PAIRS:
         if key.endswith(pair):
             return "low rank, " + pair[0]
-    return next((kind for kind, mark in _KINDS if mark.search(key)), None)
+    return next((kind for mark, kind in _WITHIN.items() if mark in key), None) or next(
+        (kind for end, kind in _AT_THE_END.items() if key.endswith(end)), None)

@@ -29,6 +29,16 @@ def layer_names(model, clip) -> dict:
     return names
 
 
+def names_in(key: str, names: Mapping) -> list[str]:
+    """The names in `names` that a file's key may begin with, the longest first: cut off at any of its dots, with or without "_lora"."""
+    heads, place = [], len(key)
+    while place > 0:
+        head = key[:place]
+        heads += [name for name in dict.fromkeys((head, head.removesuffix("_lora"))) if name in names]
+        place = key.rfind(".", 0, place)
+    return heads
+
+
 def convert_names(state: AdapterState, model, clip, style: str) -> AdapterState:
     """The same adapter with every layer's name in one style; endings and tensors stay.
 
@@ -38,7 +48,7 @@ def convert_names(state: AdapterState, model, clip, style: str) -> AdapterState:
     spell = Speller(model, clip)
     tensors, renamed, lost = {}, {}, {}  # lost: an ordered set
     for key, tensor in comfy.lora_convert.convert_lora(dict(state)).items():
-        name = _name_in(key, spell.names)
+        name = next(iter(names_in(key, spell.names)), None)
         if name is None:
             lost[_layer_of(key)] = None
             continue
@@ -81,17 +91,6 @@ class Speller:
             names = sorted((name for name in known if name.startswith("lora_te")), reverse=True)
             return sorted(names, key=lambda name: name.startswith("lora_te_") == (len(self._encoders) > 1))
         return [name for name in known if style == "peft" and name.startswith(("text_encoder.", "text_encoder_2."))]
-
-
-def _name_in(key: str, names: Mapping) -> str | None:
-    """The longest name that the key begins with: cut off at one of its dots, with or without "_lora"."""
-    place = len(key)
-    while place > 0:
-        for head in (key[:place], key[:place].removesuffix("_lora")):
-            if head in names:
-                return head
-        place = key.rfind(".", 0, place)
-    return None
 
 
 def _layer_of(key: str) -> str:

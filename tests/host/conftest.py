@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from comfyui_trilora.benchmarks import installation
 from comfyui_trilora.benchmarks.installation import ROOT
+from safetensors.torch import save_file
 
 HERE = Path(__file__).resolve().parent
 # The host reads its base directory while it is being imported, long before a fixture could make one.
@@ -140,3 +141,21 @@ def started_host(host, models_dir, tmp_path_factory):
     base = tmp_path_factory.mktemp("started-host")
     with StartedHost(host.path, base, pack=ROOT, models=models_dir) as started:
         yield started
+
+
+@pytest.fixture(scope="module")
+def saved(host):
+    """Function: tensors and metadata -> the name under which the loaders list the file."""
+    from comfyui_trilora.tests.host.tiny_run import list_saved_adapters
+
+    folder, written = list_saved_adapters(), []
+
+    def save(tensors, metadata: dict[str, str] | None = None) -> str:
+        file = folder / f"saved_{len(written)}.safetensors"
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file, metadata=metadata)
+        written.append(file)
+        return file.name
+
+    yield save
+    for file in written:
+        file.unlink()

@@ -7,7 +7,6 @@ import torch
 from comfy.weight_adapter import LoRAAdapter
 from comfyui_trilora.tests.host import tiny_models
 from comfyui_trilora.tests.host.tiny_run import distance, list_saved_adapters, run_node, weights_hash
-from safetensors.torch import save_file
 
 QUERY = "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q"
 FEED = "diffusion_model.middle_block.1.transformer_blocks.0.ff.net.0.proj"
@@ -56,22 +55,6 @@ def clip(host_nodes, models_dir):
     from comfyui_trilora.tests.host.tiny_run import load_checkpoint
 
     return load_checkpoint(host_nodes)[1]
-
-
-@pytest.fixture
-def saved():
-    """Function: tensors and metadata -> the name under which the loaders list the file."""
-    folder, written = list_saved_adapters(), []
-
-    def save(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> str:
-        file = folder / f"applied_{len(written)}.safetensors"
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file, metadata=metadata)
-        written.append(file)
-        return file.name
-
-    yield save
-    for file in written:
-        file.unlink()
 
 
 @pytest.mark.parametrize("strength", STRENGTHS)

@@ -7,29 +7,12 @@ import pytest
 import torch
 from comfyui_trilora.tests.host import adapter_files, tiny_models
 from comfyui_trilora.tests.host.adapter_files import CONV, LINEAR, low_rank
-from comfyui_trilora.tests.host.tiny_run import list_saved_adapters, run_node
-from safetensors.torch import save_file
+from comfyui_trilora.tests.host.tiny_run import run_node
 
 
 @pytest.fixture(scope="module")
 def tiny(host_nodes):
     return tiny_models.eps_prediction_model()
-
-
-@pytest.fixture(scope="module")
-def saved():
-    """Function: tensors and metadata -> the name under which the loaders list the file."""
-    folder, written = list_saved_adapters(), []
-
-    def save(tensors, metadata=None) -> str:
-        file = folder / f"inspected_{len(written)}.safetensors"
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file, metadata=metadata)
-        written.append(file)
-        return file.name
-
-    yield save
-    for file in written:
-        file.unlink()
 
 
 def inspect(host_nodes, adapter):

@@ -182,7 +182,7 @@ def test_a_dreambooth_file_with_alphas_keeps_its_scale(layout, ops, adapter):
 
 def test_the_class_is_in_the_hosts_list_once(pack_module):
     own = pack_module("nodes.comfy_diffusers")
-    own.register()
+    pack_module("nodes.compat").register_adapter(own.DiffusersLoRA)
     assert [kind.name for kind in comfy.weight_adapter.adapters].count(own.DiffusersLoRA.name) == 1
 
 

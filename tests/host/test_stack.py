@@ -55,22 +55,6 @@ def tiny(host_nodes):
 
 
 @pytest.fixture(scope="module")
-def saved():
-    """Function: tensors and metadata -> the name under which the loaders list the file."""
-    folder, written = list_saved_adapters(), []
-
-    def save(tensors, metadata=None) -> str:
-        file = folder / f"stacked_{len(written)}.safetensors"
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file, metadata=metadata)
-        written.append(file)
-        return file.name
-
-    yield save
-    for file in written:
-        file.unlink()
-
-
-@pytest.fixture(scope="module")
 def files(tiny, saved, pack_module):
     """Kind -> file name, of every kind there is."""
     pytest.importorskip("lycoris")

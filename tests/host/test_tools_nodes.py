@@ -7,7 +7,7 @@ import pytest
 import torch
 from comfyui_trilora.tests.host import tiny_models
 from comfyui_trilora.tests.host.test_applying import layer, merged_weight
-from comfyui_trilora.tests.host.tiny_run import distance, list_saved_adapters, load_checkpoint, run_node
+from comfyui_trilora.tests.host.tiny_run import distance, load_checkpoint, run_node
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -27,22 +27,6 @@ def tiny(host_nodes):
 def sd15(host_nodes, models_dir):
     """(MODEL, CLIP) of the stock checkpoint."""
     return load_checkpoint(host_nodes)[:2]
-
-
-@pytest.fixture
-def saved():
-    """Function: tensors and metadata -> the name under which the loaders list the file."""
-    folder, written = list_saved_adapters(), []
-
-    def save(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> str:
-        file = folder / f"tools_{len(written)}.safetensors"
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file, metadata=metadata)
-        written.append(file)
-        return file.name
-
-    yield save
-    for file in written:
-        file.unlink()
 
 
 @pytest.fixture
