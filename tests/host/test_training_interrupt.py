@@ -43,7 +43,7 @@ class Trainee:
         host = self.pack_module("nodes.comfy_host").ComfyHost(self.tiny.patcher)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(comfy.utils, "ProgressBar", Bar)
-            return self.pack_module("nodes.train").run(host, self.dataset, method, config, "linear", None)
+            return self.pack_module("nodes.training_run").run(host, self.dataset, method, config, "linear", None)
 
     def assert_untouched(self):
         """Weights, forwards, flags as they were before."""
@@ -179,7 +179,7 @@ def test_a_picture_that_cannot_be_drawn_costs_no_adapter(host_nodes, trainee, pa
     def broken(*args, **kwargs):
         raise ImportError("numpy.core.multiarray failed to import")
 
-    monkeypatch.setattr(pack_module("nodes.train"), "plot_loss", broken)
+    monkeypatch.setattr(pack_module("nodes.training_run"), "plot_loss", broken)
     settings = run_node(host_nodes, "TriLoRATrainingSettings", steps=1)[0]
     method = run_node(host_nodes, "TriLoRAMethodLoRA", rank=2)[0]
     model, adapter, loss, report = run_node(host_nodes, "TriLoRATrainAdapter", model=trainee.tiny.patcher, dataset=trainee.dataset,

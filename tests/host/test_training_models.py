@@ -15,7 +15,7 @@ MODELS = {
 @pytest.fixture(scope="module")
 def engine(pack_module):
     """The parts of the pack that these tests drive, by module name."""
-    names = ("nodes.train", "nodes.comfy_host", "nodes.types", "training.config", "training.inject", "training.loop",
+    names = ("nodes.training_run", "nodes.comfy_host", "nodes.types", "training.config", "training.inject", "training.loop",
              "training.objective", "training.plan", "trilora_ops.registry", "trilora_ops.residuals.lora", "trilora_ops.residuals.trilora")
     return {name.rpartition(".")[2]: pack_module(name) for name in names}
 
@@ -49,7 +49,7 @@ def runs(request, engine):
     results = {}
     for checkpointing in (False, True):
         host = engine["comfy_host"].ComfyHost(tiny.patcher)
-        results[checkpointing] = engine["train"].run(host, dataset, method, config(engine, checkpointing=checkpointing), "linear", None)
+        results[checkpointing] = engine["training_run"].run(host, dataset, method, config(engine, checkpointing=checkpointing), "linear", None)
     return request.param, tiny.patcher, before, results, condition(tiny.patcher)
 
 
@@ -140,7 +140,7 @@ def test_training_on_top_of_another_adapter(engine, pack_module):
     befores = []
     for patcher in (tiny.patcher, patched):
         host = engine["comfy_host"].ComfyHost(patcher)
-        state, _, _, (before, _) = engine["train"].run(host, dataset, method, config(engine, steps=1), "attention", None)
+        state, _, _, (before, _) = engine["training_run"].run(host, dataset, method, config(engine, steps=1), "attention", None)
         befores.append(before)
     assert abs(befores[0] - befores[1]) > 1e-4 * befores[0]
     adapted, _ = pack_module("nodes.load").apply_state(state, patched, None, "adapter", 1.0, 0.0)
@@ -161,7 +161,7 @@ def test_weights_stored_in_fewer_bits_train_as_their_values_do(engine, stored, c
     for patcher in (tiny_models.as_patcher(small), exact.patcher):
         before = weights_hash(patcher)
         host = engine["comfy_host"].ComfyHost(patcher)
-        state, progress, _, fixed = engine["train"].run(host, dataset, method, settings, "linear+conv", None)
+        state, progress, _, fixed = engine["training_run"].run(host, dataset, method, settings, "linear+conv", None)
         losses.append([*progress.losses, progress.grad_norm, *fixed])
         assert weights_hash(patcher) == before and traces(patcher) == []
         assert all(tensor.dtype == torch.float32 for tensor in state.values())
@@ -176,6 +176,6 @@ def test_a_model_that_computes_in_bf16_learns_in_fp32(engine):
     assert host.compute_dtype == torch.bfloat16
     method = engine["registry"].Method(engine["lora"].LoraConfig(rank=2))
     settings = config(engine, learning_rate=1e-3, caption_dropout=0.0)
-    state, progress, _, (before, after) = engine["train"].run(host, random_dataset(engine["types"], tiny), method, settings, "linear", None)
+    state, progress, _, (before, after) = engine["training_run"].run(host, random_dataset(engine["types"], tiny), method, settings, "linear", None)
     assert progress.skipped == 0 and after < before
     assert all(tensor.dtype == torch.float32 and torch.isfinite(tensor).all() for tensor in state.values())

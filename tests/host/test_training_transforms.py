@@ -140,7 +140,7 @@ def trained(request, host_nodes, pack_module, registry, base, prompts):
     settings = run_node(host_nodes, "TriLoRATrainingSettings", steps=5, learning_rate=5e-3, batch_size=2, schedule="constant",
                         warmup=0.0, training_seed=3)[0]
     (model, adapter, loss, report), adapters = kept_adapters(
-        pack_module("nodes.train"),
+        pack_module("nodes.training_run"),
         lambda: run_node(host_nodes, "TriLoRATrainAdapter", model=base[0], dataset=tiny_dataset(host_nodes), method=method,
                          settings=settings, target=target))
     after = weights_hash(base[0]), [id(p) for p in base[0].model.parameters()]
@@ -212,7 +212,7 @@ def test_the_saved_file_as_a_hook_is_the_training_forward(host_nodes, base, trai
 @pytest.mark.parametrize("pair", ["TLoRA", "TLoRA*", "diagonal + trilora"])
 def test_a_flow_model_learns_a_transform(pack_module, pair):
     """SD3's fused q, k and v as one layer: the loss falls, and core's loader gives the training forward."""
-    names = ("nodes.train", "nodes.types", "nodes.comfy_host", "training.config", "training.inject", "trilora_ops.presets")
+    names = ("nodes.training_run", "nodes.types", "nodes.comfy_host", "training.config", "training.inject", "trilora_ops.presets")
     train, types, comfy_host, config, inject, presets = map(pack_module, names)
     tiny = tiny_models.flow_model()
     settings = config.TrainingConfig(steps=6, learning_rate=5e-3, batch_size=2, schedule="constant", warmup=0.0, caption_dropout=0.1)
