@@ -6,10 +6,15 @@ from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
 from . import compat
+from .bake import BakeAdapter
+from .block_plan import BlockPlanNode, PlanFromAdapter
+from .blocks import BlockWeightsNode
 from .comfy_diffusers import DiffusersLoRA
 from .comfy_transforms import TransformPatch
 from .dataset import TrainingDatasetNode
 from .extract import ExtractAdapter
+from .hook import AdapterHookNode
+from .image_dataset import ImageDatasetNode
 from .inspect import InspectAdapter
 from .load import TriLoRALoader
 from .methods import LoraMethodNode, TransformMethodNode, TriLoraMethodNode
@@ -19,8 +24,8 @@ from .tools import LoadAdapter, MergeAdapters, ResizeAdapter
 from .train import TrainAdapter, TrainingSettingsNode
 
 NODES: list[type[io.ComfyNode]] = [
-    TriLoRALoader, AdapterStack, ApplyStack, TrainingDatasetNode, TriLoraMethodNode, LoraMethodNode, TransformMethodNode, TrainingSettingsNode, TrainAdapter, SaveAdapter,
-    LoadAdapter, MergeAdapters, ResizeAdapter, ExtractAdapter, InspectAdapter,
+    TriLoRALoader, AdapterStack, ApplyStack, AdapterHookNode, BlockWeightsNode, BlockPlanNode, PlanFromAdapter, TrainingDatasetNode, ImageDatasetNode, TriLoraMethodNode, LoraMethodNode, TransformMethodNode, TrainingSettingsNode, TrainAdapter, SaveAdapter,
+    LoadAdapter, MergeAdapters, ResizeAdapter, BakeAdapter, ExtractAdapter, InspectAdapter,
 ]
 
 

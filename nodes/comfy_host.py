@@ -88,7 +88,7 @@ class ComfyHost:
         for cond in conds.values():
             cond.cond = _cloned(cond.cond, "cpu")
         signature = (tuple(x0.shape), tuple(sorted((name, _signature(cond.cond)) for name, cond in conds.items())))
-        return Sample(image.name, x0.float().cpu(), conds, signature)
+        return Sample(image.name, x0.float().cpu(), conds, signature, image.repeats)
 
     def collate(self, samples: Sequence[Sample]) -> dict:
         """Conditions of one batch; equal signatures make `concat` a plain concatenation (no repeated tokens)."""

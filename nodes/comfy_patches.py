@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import dataclass
 
@@ -13,38 +14,14 @@ from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 from ..trilora_ops.checkpoint import AdapterState
 from ..trilora_ops.errors import TriLoRAError
 from ..trilora_ops.factors import LowRank, canonicalise, is_canonical, keep_rank
-from ..trilora_ops.merge import add_low_rank_
 from ..trilora_ops.peft_config import name_dora_scales
-from .compat import is_identity
+from .comfy_low_rank import LowRankPatch
+from .comfy_stack import linear
 from .file_keys import check_left, check_once
 from .names import layer_names, names_in
 from .patch_shapes import check_shape, target_shapes
 
 log = logging.getLogger("trilora")
-
-
-class LowRankPatch(LoRAAdapter):
-    """The host's LoRA adapter, merged with one addmm_ instead of forming the delta.
-
-    Holds what its parent holds, (loaded_keys, (up, down, alpha, mid, dora_scale, reshape)), so that the host can
-    rebuild it and its bypass mode works; everything but a plain low-rank merge is left to the parent.
-    """
-
-    def pair(self) -> LowRank | None:
-        """The factors as matrices; None where a Tucker core, DoRA's magnitudes or a new shape make it more than up * down."""
-        up, down, alpha, *more = self.weights
-        if any(part is not None for part in more):
-            return None
-        return LowRank(up.flatten(1), down.flatten(1), 1.0 if alpha is None else alpha / down.shape[0])
-
-    @torch.no_grad()
-    def calculate_weight(self, weight, key, strength, strength_model, offset, function,
-                         intermediate_dtype=torch.float32, original_weight=None):
-        """W += strength * alpha / r * up * down, in place; a `function` patch gets the delta it asks for."""
-        pair = self.pair()
-        if pair is None or not is_identity(function) or weight.element_size() == 1:
-            return super().calculate_weight(weight, key, strength, strength_model, offset, function, intermediate_dtype, original_weight)
-        return add_low_rank_(weight, [(pair, strength)])
 
 
 @dataclass(frozen=True)
@@ -60,9 +37,17 @@ class Places:
         """For a MODEL and an optional CLIP patcher."""
         return cls(layer_names(model, clip), target_shapes(model, clip), clip is not None)
 
+    @functools.cached_property
+    def blocks(self):
+        """The `Blocks` of the model and of the text encoder."""
+        from ..trilora_ops.blocks import Blocks  # not at the pack's import: only a graph with block weights needs it
+
+        return Blocks.of(self.shapes)
+
     def patches(self, state: AdapterState, name: str, keep: int = 0) -> dict:
         """Every layer of a file as a patch by the host's target key; low-rank ones as `LowRankPatch`, others as the host's own.
 
+        Each is linear in the strength that add_patches is given, see `comfy_stack.linear`.
         name: the file's, for messages; keep: directions kept of low-rank layers, 0 = all. Keys without a place in the
         model are counted in the log. Raises TriLoRAError if none has one, or a layer's shape is wrong.
         """
@@ -92,7 +77,7 @@ class Places:
         if unmatched:
             log.warning("%s: %d of %d keys have no place in this model%s: %s", name, len(unmatched), len(state),
                         "" if self.has_clip else " (no CLIP connected)", ", ".join(unmatched[:5]))
-        return {target: _own_patch(patch, keep) if type(patch) is LoRAAdapter else patch
+        return {target: _own_patch(patch, keep) if type(patch) is LoRAAdapter else linear(target, patch)
                 for target, patch in loaded.items() if target not in nowhere}
 
 

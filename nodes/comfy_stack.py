@@ -10,9 +10,12 @@ from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
 
 from ..trilora_ops.merge import add_low_rank_
-from .comfy_patches import LowRankPatch
+from .comfy_low_rank import LowRankPatch
 from .comfy_transforms import TransformPatch
 from .compat import is_identity
+
+# kinds whose change the host itself multiplies by the strength
+_LINEAR = {"lora", "loha", "lokr", "glora", TransformPatch.name, "diff"}
 
 
 class StackPatch(WeightAdapterBase):
@@ -42,7 +45,8 @@ class StackPatch(WeightAdapterBase):
         """Adds all parts at once, in place unless one of them pads the weight; returns the weight.
 
         Low-rank parts need one addmm_ for each slice and no buffer. Where there are others, everything is summed in fp32
-        and rounded once: their deltas in one buffer while W is still whole, then the low-rank parts.
+        and rounded once: their deltas in one buffer while W is still whole, then the low-rank parts. One such part alone goes
+        from W to W_1 on a straight line that ends in W_1 itself, without the rounding of W_1 - W.
         """
         low_rank: dict[tuple | None, list] = {}
         others = []
@@ -55,7 +59,12 @@ class StackPatch(WeightAdapterBase):
 
         # W itself where it can be written to part by part
         result = weight if weight.element_size() >= (4 if others else 2) else weight.float()
-        if others:
+        if len(self.weights) == 1 and others and not isinstance(others[0][1], TransformPatch):
+            factor, offset = others[0][0] * strength, others[0][3]
+            changed = _changed(result, key, others[0], original_weight)
+            result = _pad(result, changed.shape) if offset is None else result
+            _part(result, result.shape, offset).lerp_(changed, factor)
+        elif others:
             delta = torch.zeros_like(result)
             for part in others:
                 if isinstance(part[1], TransformPatch):
@@ -75,22 +84,48 @@ class StackPatch(WeightAdapterBase):
 
 
 def stack_patches(files: Iterable[tuple[Mapping, float]]) -> dict[str, StackPatch]:
-    """(a file's patches by the host's target key, its strength), ... -> one StackPatch for each weight, for add_patches."""
+    """(a file's patches by the host's target key, its strength), ... -> one StackPatch for each weight, for add_patches.
+
+    Patches that are stacks already give their parts.
+    """
     parts: dict[str, list] = {}
     for patches, strength in files:
         for target, patch in patches.items() if strength else ():
-            key, offset, function = (target, None, None) if isinstance(target, str) else (*target, None, None)[:3]
-            parts.setdefault(key, []).append((strength, patch, 1.0, offset, function))
+            key, offset, function = _split(target)
+            inner = patch.weights if isinstance(patch, StackPatch) else [(1.0, patch, 1.0, None, None)]
+            parts.setdefault(key, []).extend((strength * s, one, 1.0, offset or own_offset, function or own_function)
+                                             for s, one, _, own_offset, own_function in inner)
     return {key: StackPatch(set(), tuple(found)) for key, found in parts.items()}
 
 
+def linear(target, patch):
+    """A patch whose change is its strength times W_1 - W: itself where the host computes it so, else alone in a StackPatch.
+
+    target: where it goes, see `stack_patches`. The host squares the strength of OFT, bends that of BOFT and ignores that
+    of `set`; kinds that are not known here may do anything.
+    """
+    if (patch.name if isinstance(patch, WeightAdapterBase) else patch[0]) in _LINEAR:
+        return patch
+    return StackPatch(set(), ((1.0, patch, 1.0, None, _split(target)[2]),))
+
+
+def _split(target) -> tuple:
+    """(key, slice or None, function or None) of a target of the host's, which is a key or a tuple of these."""
+    return (target, None, None) if isinstance(target, str) else (*target, None, None)[:3]
+
+
 def _change(weight: Tensor, key: str, part: tuple, original_weight) -> Tensor:
-    """W_i - W of one part alone at strength 1, of its slice's shape or, where the part pads W, of the larger one."""
-    _, patch, _, offset, function = part
-    weight = _part(weight, weight.shape, offset)
-    changed = comfy.lora.calculate_weight([(1.0, patch, 1.0, None, function)], weight.clone(), key, torch.float32, original_weight)
+    """W_i - W of one part, of its slice's shape or, where the part pads W, of the larger one."""
+    changed, weight = _changed(weight, key, part, original_weight), _part(weight, weight.shape, part[3])
     _part(changed, weight.shape, None).sub_(weight)
     return changed
+
+
+def _changed(weight: Tensor, key: str, part: tuple, original_weight) -> Tensor:
+    """W_i: the weight, or the part's slice of it, with this part alone at strength 1, as the host computes it."""
+    _, patch, _, offset, function = part
+    weight = _part(weight, weight.shape, offset).clone()
+    return comfy.lora.calculate_weight([(1.0, patch, 1.0, None, function)], weight, key, torch.float32, original_weight)
 
 
 def _part(tensor: Tensor, shape, offset) -> Tensor:

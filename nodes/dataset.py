@@ -1,4 +1,4 @@
-"""Training Dataset: a folder of captioned images, encoded once."""
+"""Training Dataset: a folder of captioned images, encoded once; and the encoding that every dataset node does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..training.captions import tag_frequency
-from ..training.dataset import IMAGE_TYPES, read_folder, summary
+from ..training.dataset import IMAGE_TYPES, MAX_REPEATS, TrainingImage, folders_of, numbered, read_folder, summary
 from ..trilora_ops.errors import TriLoRAError
 from . import compat
 from .types import Dataset, EncodedDataset, EncodedImage
@@ -40,6 +40,7 @@ class TrainingDatasetNode(io.ComfyNode):
                                                                "that lacks it. Images without a caption are trained with it alone."),
                 io.Int.Input("resolution", default=512, min=64, max=2048, step=64,
                              tooltip="Training area: resolution x resolution pixels. Each image keeps its aspect ratio. 512 for SD1.5, 1024 for SDXL and newer."),
+                repeats_input(),
             ],
             outputs=[
                 Dataset.Output(display_name="dataset", tooltip="Encoded images and captions, for Train Adapter."),
@@ -63,25 +64,37 @@ class TrainingDatasetNode(io.ComfyNode):
         """Run again when a file of the folder has changed."""
         if folder is None:  # linked: what it will hold is not known yet
             return float("nan")
-        return [(p.name, p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(folder_path(folder).iterdir()) if p.is_file()]
+        places = folders_of(folder_path(folder))
+        return [(place.name, p.name, p.stat().st_mtime_ns, p.stat().st_size) for place in places for p in sorted(place.iterdir()) if p.is_file()]
 
     @classmethod
-    def execute(cls, folder, vae, clip, trigger, resolution) -> io.NodeOutput:
-        images = read_folder(folder_path(folder), trigger, resolution)
-        text = summary(images)
-        compat.show_text(text.replace("\n", ";\n"), cls.hidden.unique_id)  # 1.49's nodes 2.0 show no line breaks
-        log.info("dataset %s: %s", folder, text.replace("\n", "; "))
-        bar = comfy.utils.ProgressBar(len(images))
-        prompts: dict[str, list] = {}
-        encoded = []
-        for image in images:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            if image.prompt not in prompts:
-                prompts[image.prompt] = encode_prompt(clip, image.prompt)
-            encoded.append(EncodedImage(image.path.name, image.prompt, vae.encode(image.pixels()), prompts[image.prompt]))
-            bar.update(1)
-        dataset = EncodedDataset(tuple(encoded), encode_prompt(clip, ""), trigger.strip(), tag_frequency(i.prompt for i in images), text)
-        return io.NodeOutput(dataset, text, ui=ui.PreviewText(text))
+    def execute(cls, folder, vae, clip, trigger, resolution, repeats) -> io.NodeOutput:
+        images = read_folder(folder_path(folder), trigger, resolution, repeats)
+        log.info("dataset %s: %s", folder, summary(images).replace("\n", "; "))
+        return encoded(images, vae, clip, trigger, cls.hidden.unique_id)
+
+
+def repeats_input() -> io.Input:
+    """The widget `repeats` of the dataset nodes."""
+    return compat.advanced(io.Int.Input("repeats", default=1, min=1, max=MAX_REPEATS,
+                                        tooltip="How many times an epoch shows each image. It changes how sets are mixed and counted, not the number of steps."))
+
+
+def encoded(images: list[TrainingImage], vae, clip, trigger: str, node_id: str | None) -> io.NodeOutput:
+    """What a dataset node gives: the images after the host's encoders, and the summary, which is also shown on the node."""
+    text = summary(images)
+    compat.show_text(text.replace("\n", ";\n"), node_id)  # 1.49's nodes 2.0 show no line breaks
+    bar = comfy.utils.ProgressBar(len(images))
+    prompts: dict[str, list] = {}
+    done = []
+    for image in images:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if image.prompt not in prompts:
+            prompts[image.prompt] = encode_prompt(clip, image.prompt)
+        done.append(EncodedImage(image.name, image.prompt, vae.encode(image.pixels()), prompts[image.prompt], image.repeats, image.folder))
+        bar.update(1)
+    dataset = EncodedDataset(tuple(done), encode_prompt(clip, ""), trigger.strip(), tag_frequency(i.prompt for i in images), text)
+    return io.NodeOutput(dataset, text, ui=ui.PreviewText(text))
 
 
 def encode_prompt(clip, prompt: str) -> list:
@@ -90,15 +103,17 @@ def encode_prompt(clip, prompt: str) -> list:
 
 
 def image_folders() -> list[str]:
-    """Subfolders of the input folder that hold images, as relative paths with forward slashes."""
+    """Subfolders of the input folder that hold images, or folders named "25_name" with images; relative, with forward slashes."""
     root = folder_paths.get_input_directory()
-    found = []
+    found = set()
     for directory, subfolders, files in os.walk(root, followlinks=True):
         subfolders[:] = sorted(d for d in subfolders if not d.startswith("."))
         if directory.count(os.sep) - root.count(os.sep) >= 4:
             subfolders[:] = []
         if directory != root and any(f.lower().endswith(IMAGE_TYPES) for f in files):
-            found.append(os.path.relpath(directory, root).replace(os.sep, "/"))
+            parent, name = os.path.split(directory)
+            holders = [directory, parent] if numbered(name) and parent != root else [directory]
+            found.update(os.path.relpath(holder, root).replace(os.sep, "/") for holder in holders)
     return sorted(found)
 
 

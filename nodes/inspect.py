@@ -75,8 +75,6 @@ def inspect(adapter: Mapping[str, torch.Tensor]) -> list[LayerFacts]:
 
 def describe_adapter(layers: Sequence[LayerFacts], metadata: Mapping[str, str]) -> str:
     """The report: facts from metadata, from the tensors, the layers of most energy, kinds that are not measured."""
-    from ..trilora_ops.analysis import short_name
-
     spectra = [layer for layer in layers if layer.rank]
     whole = sum(layer.energy for layer in spectra)
     ranks = Counter(layer.rank for layer in spectra)
@@ -99,7 +97,7 @@ def describe_adapter(layers: Sequence[LayerFacts], metadata: Mapping[str, str]) 
     if others := len(layers) - len(spectra) - sum(layer.change is not None and not layer.rank for layer in layers):
         facts["not measured"] = f"{others} layer{'s' * (others > 1)} of other kinds, which only count for the size"
     strongest = sorted(spectra, key=lambda layer: -layer.energy)[:_STRONGEST]
-    lines = [f"  {layer.energy / (whole or 1):6.1%}  {short_name(layer.name)}" for layer in strongest]
+    lines = [f"  {layer.energy / (whole or 1):6.1%}  {layer.short_name}" for layer in strongest]
     return "\n".join([describe_run(facts), *(["most energy", *lines] if lines else [])])
 
 

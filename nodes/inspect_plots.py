@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image
 
-from ..trilora_ops.analysis import LayerFacts, by_block, short_name
+from ..trilora_ops.analysis import LayerFacts, by_block
 
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#8a8a8a"  # told apart with any colour vision (Okabe and Ito)
 _NAMED_LAYERS = 40  # up to here every layer has room for its name
@@ -126,7 +126,7 @@ def _name_layers(axes, layers: Sequence[LayerFacts], line: str) -> None:
             axes.axvline(end - 0.5, color=line, linewidth=1.5, alpha=0.8)
             last = end
     if len(layers) <= _NAMED_LAYERS:
-        axes.set_xticks(range(len(layers)), [_cut(short_name(layer.name)) for layer in layers], rotation=90, fontsize=13)
+        axes.set_xticks(range(len(layers)), [_cut(layer.short_name) for layer in layers], rotation=90, fontsize=13)
         return
     centres = [end - (length + 1) / 2 for end, (_, length) in zip(ends, groups, strict=True)]
     shown: list[int] = []

@@ -10,7 +10,11 @@ from comfy_api.latest import io
 from ..trilora_ops.checkpoint import AdapterState, read_adapter
 from ..trilora_ops.peft_config import BESIDE
 from . import compat
-from .comfy_patches import patches_from_state
+from .block_strengths import presets_in, weigh
+from .comfy_patches import Places
+
+BLOCK_WEIGHTS = ("A strength for each block, as text: default=1, IN04-IN08=0.5, OUT.cross=0, TE1=0.8. It multiplies the strengths of this node; "
+                 "empty = 1 everywhere. Vectors and preset names of other tools are read too. Type it, or connect Block Weights.")
 
 
 class TriLoRALoader(io.ComfyNode):
@@ -22,20 +26,22 @@ class TriLoRALoader(io.ComfyNode):
             node_id="TriLoRALoader",
             display_name="TriLoRA Loader",
             category="TriLoRA/load",
-            description="Applies an adapter file to a model: TriLoRA, LoRA, LoCon and every other kind ComfyUI knows. CLIP is optional.",
-            search_aliases=["load lora", "lora loader", "svd lora"],
+            description="Applies an adapter file to a model: TriLoRA, LoRA, LoCon and every other kind ComfyUI knows, whole or by blocks. CLIP is optional.",
+            search_aliases=["load lora", "lora loader", "svd lora", "lora block weight", "lbw"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to adapt. It is not changed; the output is a patched copy."),
                 io.Combo.Input("lora_name", options=folder_paths.get_filename_list("loras"),
                                tooltip="A .safetensors file from models/loras or from output/loras, where Save Adapter writes."),
                 io.Float.Input("strength_model", default=1.0, min=-20.0, max=20.0, step=0.05,
-                               tooltip="0 = the model as it was, 1 = as trained. Negative values push away from the adapter."),
+                               tooltip="0 = the model as it was, 1 = as trained, and a straight line through both, for every kind of file. "
+                                       "Negative values push away from the adapter."),
                 io.Int.Input("keep_rank", default=0, min=0, max=1024,
                              tooltip="Keep only the strongest directions of every layer: 0 keeps all, 8 the best approximation of "
                                      "rank 8. Works on every LoRA; files saved by TriLoRA need no computation for it."),
                 io.Clip.Input("clip", optional=True, tooltip="Optional: a text encoder for files that adapt it."),
                 io.Float.Input("strength_clip", default=1.0, min=-20.0, max=20.0, step=0.05, optional=True,
                                tooltip="Strength on the text encoder; unused without CLIP."),
+                io.String.Input("block_weights", default="", optional=True, tooltip=BLOCK_WEIGHTS),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The adapted model."),
@@ -44,13 +50,13 @@ class TriLoRALoader(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name, **others):
-        """Run again when the file itself has changed."""
-        return (lora_name, file_stamp(lora_name))
+    def fingerprint_inputs(cls, lora_name, block_weights="", **others):
+        """Run again when the file itself has changed, or a preset that the block weights name."""
+        return (lora_name, file_stamp(lora_name), presets_in(block_weights))
 
     @classmethod
-    def execute(cls, model, lora_name, strength_model, keep_rank, clip=None, strength_clip=1.0) -> io.NodeOutput:
-        return io.NodeOutput(*apply_state(read_file(lora_name), model, clip, lora_name, strength_model, strength_clip, keep_rank))
+    def execute(cls, model, lora_name, strength_model, keep_rank, clip=None, strength_clip=1.0, block_weights="") -> io.NodeOutput:
+        return io.NodeOutput(*apply_state(read_file(lora_name), model, clip, lora_name, strength_model, strength_clip, keep_rank, block_weights))
 
 
 def file_stamp(lora_name: str | None) -> tuple[int, ...] | None:
@@ -69,17 +75,16 @@ def read_file(lora_name: str) -> AdapterState:
     return read_adapter(folder_paths.get_full_path_or_raise("loras", lora_name))
 
 
-def apply_state(state: AdapterState, model, clip, name: str, strength_model: float, strength_clip: float, keep: int = 0):
+def apply_state(state: AdapterState, model, clip, name: str, strength_model: float, strength_clip: float, keep: int = 0, block_weights: str = ""):
     """(model, clip) patched with an adapter; both are clones, clip stays None where it was.
 
-    Raises TriLoRAError before anything is patched if the adapter does not fit.
+    block_weights: see `block_strengths.weigh`. Raises TriLoRAError before anything is patched if the adapter does not
+    fit, or the text cannot be read.
     """
-    patches = patches_from_state(state, model, clip, name, keep)
-    model = model.clone()
-    if strength_model:
-        model.add_patches(patches, strength_model)
-    if clip is not None:
-        clip = clip.clone()
-        if strength_clip:
-            clip.add_patches(patches, strength_clip)
+    places = Places.of(model, clip)
+    patches = weigh(block_weights, places.patches(state, name, keep), places, name)
+    model, clip = model.clone(), None if clip is None else clip.clone()
+    for patcher, strength in ((model, strength_model), (clip, strength_clip)):
+        if patcher is not None and strength and patches:
+            patcher.add_patches(patches, strength)  # it takes those whose key it has
     return model, clip

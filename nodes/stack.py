@@ -7,9 +7,10 @@ from comfy_api.latest import io
 
 from ..trilora_ops.errors import TriLoRAError
 from . import compat
+from .block_strengths import presets_in, weigh
 from .comfy_patches import Places
 from .comfy_stack import stack_patches
-from .load import file_stamp, read_file
+from .load import BLOCK_WEIGHTS, file_stamp, read_file
 from .types import LoraStack, Stack, StackEntry
 
 
@@ -23,7 +24,7 @@ class AdapterStack(io.ComfyNode):
             display_name="Adapter Stack",
             category="TriLoRA/load",
             description="Puts a file of any kind on a stack: TriLoRA, transforms, LoRA, LoHa, LoKr, OFT, DoRA ... Chain as many as you like.",
-            search_aliases=["lora stack", "multiple loras", "lora stacker", "multi lora"],
+            search_aliases=["lora stack", "multiple loras", "lora stacker", "multi lora", "lora block weight stack"],
             inputs=[
                 io.Combo.Input("lora_name", options=folder_paths.get_filename_list("loras"),
                                tooltip="A .safetensors file from models/loras or from output/loras, where Save Adapter writes."),
@@ -35,18 +36,19 @@ class AdapterStack(io.ComfyNode):
                                              tooltip="Keep only the strongest directions of every low-rank layer: 0 keeps all, 8 the best "
                                                      "approximation of rank 8.")),
                 Stack.Input("stack", optional=True, tooltip="The files so far. Leave it empty for the first one."),
+                io.String.Input("block_weights", default="", optional=True, tooltip=BLOCK_WEIGHTS),
             ],
             outputs=[Stack.Output(display_name="stack", tooltip="The files so far and this one, for the next Adapter Stack or for Apply Adapter Stack.")],
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name, **others):
-        """Run again, and with it all that depends on it, when the file itself has changed."""
-        return (lora_name, file_stamp(lora_name))
+    def fingerprint_inputs(cls, lora_name, block_weights="", **others):
+        """Run again, and with it all that depends on it, when the file itself or a preset of the block weights has changed."""
+        return (lora_name, file_stamp(lora_name), presets_in(block_weights))
 
     @classmethod
-    def execute(cls, lora_name, strength_model, strength_clip, keep_rank, stack=None) -> io.NodeOutput:
-        return io.NodeOutput((*(stack or ()), StackEntry(lora_name, strength_model, strength_clip, keep_rank)))
+    def execute(cls, lora_name, strength_model, strength_clip, keep_rank, stack=None, block_weights="") -> io.NodeOutput:
+        return io.NodeOutput((*(stack or ()), StackEntry(lora_name, strength_model, strength_clip, keep_rank, block_weights)))
 
 
 class ApplyStack(io.ComfyNode):
@@ -95,11 +97,12 @@ def entries_from(lora_stack) -> tuple[StackEntry, ...]:
 def apply_stack(entries: tuple[StackEntry, ...], model, clip):
     """(model, clip) with all entries on them, one patch a weight; both are clones, clip stays None where it was.
 
-    Files whose strengths are 0 are not read. Raises TriLoRAError before anything is patched if a file does not fit.
+    Files whose strengths are 0 are not read. Raises TriLoRAError before anything is patched if a file does not fit, or its
+    block weights cannot be read.
     """
     places = Places.of(model, clip)
-    files = [(places.patches(read_file(e.name), e.name, e.keep_rank), e) for e in entries
-             if e.strength_model or (clip is not None and e.strength_clip)]  # fmt: skip
+    used = [e for e in entries if e.strength_model or (clip is not None and e.strength_clip)]
+    files = [(weigh(e.block_weights, places.patches(read_file(e.name), e.name, e.keep_rank), places, e.name), e) for e in used]
     model = model.clone()
     if model_patches := stack_patches((patches, e.strength_model) for patches, e in files):
         model.add_patches(model_patches)

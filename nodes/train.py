@@ -10,7 +10,7 @@ from ..training.schedule import SCHEDULES
 from ..trilora_ops.targets import TARGETS
 from . import compat
 from .load import apply_state
-from .types import Dataset, EncodedDataset, LoraModel, LossMap, Method, Settings
+from .types import Dataset, EncodedDataset, LoraModel, LossMap, Method, Plan, Settings
 
 
 class TrainingSettingsNode(io.ComfyNode):
@@ -40,6 +40,7 @@ class TrainingSettingsNode(io.ComfyNode):
                 compat.advanced(io.Float.Input("min_snr_gamma", default=default.min_snr_gamma, min=0.0, max=100.0, step=0.5, tooltip="Cap of the weight of nearly clean images, for eps and v models (min-SNR); 0 = off.")),
                 compat.advanced(io.Float.Input("caption_dropout", default=default.caption_dropout, min=0.0, max=0.9, step=0.01, tooltip="Share of images trained with an empty prompt, which keeps guidance working.")),
                 compat.advanced(io.Boolean.Input("checkpointing", default=default.checkpointing, tooltip="Compute blocks twice instead of keeping their activations: much less memory, about a third more time.")),
+                compat.advanced(io.Float.Input("prior_weight", default=default.prior_weight, min=0.0, max=100.0, step=0.05, round=0.001, tooltip="Weight w of a regularisation set in loss = data + w · prior; only where Train Adapter has one. 0 = off.")),
             ],
             outputs=[Settings.Output(display_name="settings", tooltip="For Train Adapter.")],
         )
@@ -62,11 +63,16 @@ class TrainAdapter(io.ComfyNode):
             search_aliases=["train lora", "lora trainer", "finetune"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to train for. Its own weights do not change."),
-                Dataset.Input("dataset", tooltip="From Training Dataset."),
+                Dataset.Input("dataset", tooltip="From Training Dataset or Training Dataset (images)."),
                 Method.Input("method", tooltip="From one of the method nodes: TriLoRA, LoRA / LoCon or Transform."),
                 Settings.Input("settings", tooltip="From Training Settings."),
                 io.Combo.Input("target", options=list(TARGETS), default="attention",
                                tooltip="Which layers learn. " + " ".join(f"{name}: {what}." for name, what in TARGETS.items())),
+                Plan.Input("plan", optional=True, tooltip="From Block Plan: which blocks are trained, and with which rank, alpha, learning rate and method. "
+                                                          "Without it all layers of the target are."),
+                Dataset.Input("regularisation", optional=True,
+                              tooltip="Images that the base model gives by itself for prompts without the trigger: what shall stay as it is (prior preservation). "
+                                      "Each step then costs twice the time."),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model with the new adapter at strength 1, for trying it out at once."),
@@ -78,13 +84,15 @@ class TrainAdapter(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, dataset: EncodedDataset, method, settings: TrainingConfig, target) -> io.NodeOutput:
+    def execute(cls, model, dataset: EncodedDataset, method, settings: TrainingConfig, target, plan=None,
+                regularisation: EncodedDataset | None = None) -> io.NodeOutput:
         from .comfy_host import ComfyHost  # here and not above: the engine must not slow the host's start
         from .training_run import picture, run
 
         # the host runs nodes in inference mode, whose tensors cannot be trained
         with torch.inference_mode(False):
-            state, progress, report, fixed = run(ComfyHost(model), dataset, method, settings, target, cls.hidden.unique_id)
+            state, progress, report, fixed = run(ComfyHost(model), dataset, method, settings, target, cls.hidden.unique_id, plan, regularisation)
             adapted, _ = apply_state(state, model, None, "the trained adapter", 1.0, 0.0)
-        curve = picture(cls, progress.losses, f"{method.name}: {progress.done} steps", fixed) if progress.losses else None
-        return io.NodeOutput(adapted, state, {"loss": progress.losses}, report, ui=curve)
+        curve = picture(cls, progress, f"{method.name}: {progress.done} steps", fixed) if progress.losses else None
+        losses = {"loss": progress.losses} | ({"data": progress.data_losses, "prior": progress.prior_losses} if progress.prior_losses else {})
+        return io.NodeOutput(adapted, state, losses, report, ui=curve)

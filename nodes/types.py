@@ -11,6 +11,7 @@ from torch import Tensor
 Dataset = io.Custom("TRILORA_DATASET")
 Method = io.Custom("TRILORA_METHOD")
 Settings = io.Custom("TRILORA_SETTINGS")
+Plan = io.Custom("TRILORA_PLAN")
 LoraModel = io.Custom("LORA_MODEL")
 LossMap = io.Custom("LOSS_MAP")
 Stack = io.Custom("TRILORA_STACK")
@@ -19,12 +20,17 @@ LoraStack = io.Custom("LORA_STACK")  # other packs' stackers: [(file name, stren
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """One training image after the host's encoders: latent (1, C, *space) as the VAE gives it, conditioning of its prompt."""
+    """One training image after the host's encoders: latent (1, C, *space) as the VAE gives it, conditioning of its prompt.
+
+    repeats: how many times an epoch shows it. folder: the name of the folder it came from, "" for none.
+    """
 
     name: str
     prompt: str
     latent: Tensor
     conditioning: list[Any]
+    repeats: int = 1
+    folder: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,12 +43,24 @@ class EncodedDataset:
     tag_frequency: dict[str, int]
     summary: str
 
+    def folders(self) -> dict[str, dict[str, int]]:
+        """Folder -> its number of images and their repeats, in the words of kohya's metadata."""
+        found: dict[str, dict[str, int]] = {}
+        for image in self.images:
+            entry = found.setdefault(image.folder or "images", {"n_repeats": image.repeats, "img_count": 0})
+            entry["img_count"] += 1
+        return found
+
 
 @dataclass(frozen=True)
 class StackEntry:
-    """One file of an Adapter Stack; a TRILORA_STACK is a tuple of them. keep_rank 0 = all directions."""
+    """One file of an Adapter Stack; a TRILORA_STACK is a tuple of them.
+
+    keep_rank: 0 = all directions; block_weights: strengths by blocks as text, empty = 1 everywhere.
+    """
 
     name: str
     strength_model: float
     strength_clip: float
     keep_rank: int = 0
+    block_weights: str = ""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from comfyui_trilora.training.export import export_tensors
 from comfyui_trilora.trilora_ops import registry
-from comfyui_trilora.trilora_ops.analysis import analyse, block_of, block_order, by_block, effective_rank, short_name
+from comfyui_trilora.trilora_ops.analysis import analyse, by_block, effective_rank
 from comfyui_trilora.trilora_ops.registry import Method
 from torch import nn
 
@@ -91,36 +91,30 @@ def test_a_transform_that_no_kind_reads_is_counted():
 
 
 @pytest.mark.parametrize(
-    ("name", "block", "short"),
-    [(Q, "down 0.1", "down 0.1 · attn1_to_q"), ("lora_unet_mid_block_attentions_0_proj_in", "mid", "mid · attentions_0_proj_in"),
-     ("lora_unet_up_blocks_3_attentions_2_transformer_blocks_0_ff_net_0_proj", "up 3.2", "up 3.2 · ff_net_0_proj"),
-     ("lora_unet_down_blocks_2_downsamplers_0_conv", "down 2 end", "down 2 end · downsamplers_0_conv"),
-     ("lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_q", "input 4", "input 4 · t1 attn1_to_q"),
-     ("lora_unet_middle_block_0_in_layers_2", "mid", "mid · in_layers_2"), ("diffusion_model.output_blocks.11.1.proj_out", "output 11", "output 11 · proj_out"),
-     ("diffusion_model.double_blocks.3.img_attn.qkv", "double 03", "double 03 · img_attn_qkv"), ("lora_unet_single_blocks_12_linear1", "single 12", "single 12 · linear1"),
-     ("diffusion_model.joint_blocks.7.x_block.attn.qkv", "joint 07", "joint 07 · x_block_attn_qkv"), ("diffusion_model.blocks.11.attn.q", "block 11", "block 11 · attn_q"),
-     ("lora_te2_text_model_encoder_layers_3_mlp_fc1", "text 2", "text 2 · text_model_encoder_layers_3_mlp_fc1"), ("lora_te_text_model_encoder_layers_3_mlp_fc1", "text", None),
-     ("text_encoder.text_model.encoder.layers.0.mlp.fc1", "text", None), ("unet.up_blocks.1.resnets.0.conv1", "up 1.0", "up 1.0 · conv1"),
-     ("lora_unet_conv_in", "other", "other · conv_in"), ("x", "other", "other · x")],
+    ("name", "short"),
+    [(Q, "IN02 · attn1_to_q"), ("lora_unet_mid_block_attentions_0_proj_in", "MID1 · proj_in"),
+     ("lora_unet_up_blocks_3_attentions_2_transformer_blocks_0_ff_net_0_proj", "OUT11 · ff_net_0_proj"),
+     ("lora_unet_down_blocks_2_downsamplers_0_conv", "IN09 · conv"), ("diffusion_model.output_blocks.11.1.proj_out", "OUT11 · proj_out"),
+     ("lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_q", "IN04 · t1 attn1_to_q"),
+     ("diffusion_model.double_blocks.3.img_attn.qkv", "D03 · img_attn_qkv"), ("lora_te2_text_model_encoder_layers_3_mlp_fc1", "TE2.03 · mlp_fc1"),
+     ("x", "BASE · x")],
 )  # fmt: skip
-def test_blocks_by_name(name, block, short):
-    assert block_of(name) == block and (short is None or short_name(name) == short)
+def test_a_layers_short_name(name, short):
+    (facts,) = analyse(layer(name, 5, 4, 2))
+    assert facts.short_name == short and facts.block == short.partition(" ")[0]
 
 
 def test_layers_come_in_the_models_order():
     names = ["lora_te_text_model_encoder_layers_3_mlp_fc1", "lora_unet_down_blocks_0_attentions_0_x", "lora_unet_down_blocks_0_attentions_1_x",
              "lora_unet_down_blocks_0_downsamplers_0_conv", "lora_unet_down_blocks_1_attentions_0_x", "lora_unet_mid_block_resnets_0_conv1",
-             "lora_unet_up_blocks_0_resnets_2_conv1", "lora_unet_up_blocks_0_upsamplers_0_conv", "lora_unet_up_blocks_1_attentions_0_x", "lora_unet_conv_out"]
-    assert sorted(sorted(names), key=block_order) == names
-    numbered = [f"diffusion_model.{kind}_blocks.{n}.linear{m}" for kind in ("double", "single") for n in (0, 2, 10, 37) for m in (1, 2)]
-    assert sorted(sorted(numbered), key=block_order) == numbered
+             "lora_unet_up_blocks_0_resnets_2_conv1", "lora_unet_up_blocks_1_attentions_0_x", "lora_unet_conv_out"]
     tensors = {}
     for seed, name in enumerate(sorted(names)):
         tensors |= layer(name, 5, 4, 2, seed=seed)
     facts = analyse(tensors)
     assert [x.name for x in facts] == names
     shares = by_block(facts, lambda x: x.energy)
-    assert list(shares)[:4] == ["text", "down 0.0", "down 0.1", "down 0 end"] and sum(shares.values()) == pytest.approx(sum(x.energy for x in facts))
+    assert list(shares) == ["TE1.03", "IN01", "IN02", "IN03", "IN04", "MID0", "OUT02", "OUT03", "FINAL"] and sum(shares.values()) == pytest.approx(sum(x.energy for x in facts))
 
 
 def plots():

@@ -45,7 +45,7 @@ def test_images_captions_and_order(tmp_path):
     (folder / "more").mkdir()
     picture(8, 8).save(folder / "more" / "deep.png")
     images = read_folder(folder, "sks", 512)
-    assert [i.path.name for i in images] == ["a.png", "b.png", "c.png"]
+    assert [i.name for i in images] == ["a.png", "b.png", "c.png"]
     assert [i.prompt for i in images] == ["sks, a cat", "sks, a dog, on grass", "sks"]
     assert [i.captioned for i in images] == [True, True, False]
 
@@ -167,7 +167,10 @@ def test_captions_in_other_encodings(tmp_path):
     [("a cat", "sks", "sks, a cat"), (None, "sks", "sks"), ("", " sks ", "sks"), ("a cat", "", "a cat"), (None, "", ""),
      ("sks, a cat", "sks", "sks, a cat"), ("a photo of SKS", "sks", "a photo of SKS"), ("one sks, two", "sks", "one sks, two"),
      ("a photo of sks dog on grass", "sks dog", "a photo of sks dog on grass"), ("asks why", "sks", "sks, asks why"), ("sks-like", "sk", "sk, sks-like"),
-     ("c++ (style)", "c++", "c++ (style)"), ("a cat", "a cat", "a cat")],
+     ("c++ (style)", "c++", "c++ (style)"), ("a cat", "a cat", "a cat"),
+     ("1girl, smile", "sks", "sks, 1girl, smile"), ("1girl,sks,smile", "sks", "sks, 1girl, smile"), ("sks,1girl,smile", "sks", "sks, 1girl, smile"),
+     ("1girl, SKS , smile, sks", " sks ", "sks, 1girl, smile"), ("sks", "sks", "sks"), ("sks,, a cat,", "sks", "sks, a cat"),
+     ("1girl, sks hair", "sks", "1girl, sks hair"), ("1girl, sks dog", "SKS Dog", "SKS Dog, 1girl"), ("1girl, a, b", "a, b", "1girl, a, b")],
 )  # fmt: skip
 def test_the_trigger_comes_once(caption, trigger, prompt):
     assert with_trigger(caption, trigger) == prompt

@@ -46,13 +46,19 @@ def test_the_loss_on_fixed_noise_is_drawn_where_given():
     assert orange in colours(plot_loss(LOSSES, fixed=(0.9, 0.4))) and orange not in colours(plot_loss(LOSSES))
 
 
+def test_the_loss_of_a_regularisation_set_is_drawn_where_there_is_one():
+    green = (0x3A, 0x8F, 0x5C)
+    assert green in colours(plot_loss(LOSSES, prior=LOSSES[::-1])) and green not in colours(plot_loss(LOSSES))
+
+
 def test_the_text():
     assert describe_run({"method": "trilora", "skipped steps": 0}) == "method         trilora\nskipped steps  0"
 
 
 def metadata(**changes):
     facts = {"method": "trilora", "form": "svd", "options": {"rank": 4, "alpha": 0.0}, "plan": {"a": 4, "b": 4}, "family": "sd1", "prediction": "eps", "base": "abc",
-             "training": TrainingConfig().as_dict(), "trigger": "sks", "tag_frequency": {"cat": 2}, "images": 9, "steps_done": 7}
+             "training": TrainingConfig().as_dict(), "trigger": "sks", "tag_frequency": {"cat": 2},
+             "folders": {"3_cats": {"n_repeats": 3, "img_count": 2}, "dogs": {"n_repeats": 1, "img_count": 3}}, "steps_done": 7}
     return describe(**{**facts, **changes})
 
 
@@ -73,6 +79,17 @@ def test_metadata():
     assert found["ss_network_dim"] == "4" and found["ss_steps"] == "7" and found["ss_max_train_steps"] == "500" and found["ss_num_train_images"] == "9"
     assert found["modelspec.architecture"] == "stable-diffusion-v1/lora" and found["modelspec.trigger_phrase"] == found["trilora.trigger"] == "sks"
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", found["modelspec.date"])
+
+
+def test_metadata_of_a_regularisation_set():
+    """Images are counted with their repeats, as kohya's tools count them; without a set the same keys say so."""
+    with_set = metadata(regularisation={"1_cat": {"n_repeats": 2, "img_count": 50}}, training=TrainingConfig(prior_weight=0.5).as_dict())
+    assert (with_set["ss_num_reg_images"], with_set["ss_prior_loss_weight"]) == ("100", "0.5")
+    assert json.loads(with_set["ss_reg_dataset_dirs"]) == {"1_cat": {"n_repeats": 2, "img_count": 50}}
+    assert json.loads(with_set["ss_dataset_dirs"]) == {"3_cats": {"n_repeats": 3, "img_count": 2}, "dogs": {"n_repeats": 1, "img_count": 3}}
+    assert json.loads(with_set["trilora.data"])["regularisation"] == {"1_cat": {"n_repeats": 2, "img_count": 50}}
+    without = metadata()
+    assert without["ss_num_reg_images"] == "0" and json.loads(without["ss_reg_dataset_dirs"]) == {} and without["ss_num_train_images"] == "9"
 
 
 def test_metadata_of_mixed_ranks_and_other_families():

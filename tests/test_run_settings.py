@@ -1,5 +1,6 @@
 """Settings of a run: what is refused, the course of the learning rate, the order in which samples are seen."""
 
+import dataclasses
 import math
 from collections import Counter
 from itertools import islice
@@ -20,7 +21,8 @@ from .toy_host import make_samples
      ({"steps": 2.5}, "steps=2.5"), ({"batch_size": float("nan")}, "batch_size=nan"),
      ({"learning_rate": 0.0}, "learning_rate=0.0: a positive number"), ({"learning_rate": float("nan")}, "learning_rate=nan"),
      ({"learning_rate": float("inf")}, "learning_rate=inf"), ({"weight_decay": -0.1}, "weight_decay=-0.1"), ({"grad_clip": -1.0}, "grad_clip=-1.0"),
-     ({"grad_clip": float("inf")}, "grad_clip=inf"), ({"min_snr_gamma": -5.0}, "min_snr_gamma=-5.0"), ({"warmup": 1.0}, "warmup=1.0"), ({"warmup": -0.1}, "warmup=-0.1"),
+     ({"grad_clip": float("inf")}, "grad_clip=inf"), ({"min_snr_gamma": -5.0}, "min_snr_gamma=-5.0"), ({"prior_weight": -0.1}, "prior_weight=-0.1: a number of 0 (off) or more"),
+     ({"prior_weight": float("nan")}, "prior_weight=nan"), ({"warmup": 1.0}, "warmup=1.0"), ({"warmup": -0.1}, "warmup=-0.1"),
      ({"caption_dropout": 1.0}, "caption_dropout=1.0"), ({"schedule": "step"}, "schedule='step': choose one of constant, cosine, linear"),
      ({"timesteps": "mode"}, "timesteps='mode': choose one of auto, uniform, logit_normal")],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
@@ -74,6 +76,23 @@ def test_an_epoch_shows_every_sample_once(size):
         assert all(len({samples[i].signature for i in batch}) == 1 for batch in epoch)
         full = Counter(samples[batch[0]].signature for batch in epoch if len(batch) == size)
         assert all(full[signature] == count // size for signature, count in groups.items())
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_an_epoch_shows_every_sample_as_often_as_it_says(size):
+    """Repeats are shuffled through the epoch, not shown one after the other, and mix with nothing of another signature."""
+    samples = [dataclasses.replace(s, repeats=1 + i % 3) for i, s in enumerate(make_samples(8, sizes=((4, 5), (3, 2))))]
+    groups = Counter()
+    for sample in samples:
+        groups[sample.signature] += sample.repeats
+    per_epoch = sum(math.ceil(count / size) for count in groups.values())
+    stream = batches(samples, size, torch.Generator().manual_seed(0))
+    for epoch in [list(islice(stream, per_epoch)) for _ in range(3)]:
+        assert Counter(i for batch in epoch for i in batch) == {i: s.repeats for i, s in enumerate(samples)}
+        assert all(len({samples[i].signature for i in batch}) == 1 for batch in epoch)
+    twenty = [dataclasses.replace(s, repeats=25) for s in make_samples(20)]
+    order = [i for i, in islice(batches(twenty, 1, torch.Generator().manual_seed(1)), 500)]
+    assert Counter(order) == dict.fromkeys(range(20), 25) and sum(a == b for a, b in zip(order, order[1:], strict=False)) < 60
 
 
 def test_batches_are_seeded():

@@ -43,7 +43,7 @@ def step_gradients(host, adapters, passes, config):
     optimizer, scaler = torch.optim.SGD(parameters), torch.amp.GradScaler("cpu", enabled=False)
     for parameter in parameters:
         parameter.grad = None
-    loss = loop._accumulate(host, adapters, passes, config, scaler, optimizer, Progress(1))
+    loss, _ = loop._accumulate(host, adapters, passes, [], config, scaler, optimizer, Progress(1))
     return loss, [p.grad for p in parameters]
 
 

@@ -5,6 +5,9 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+from comfyui_trilora.trilora_ops.block_schedule import parse
+from comfyui_trilora.trilora_ops.block_syntax import parse as parse_weights
+from comfyui_trilora.trilora_ops.blocks import Blocks
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "workflows"
@@ -13,7 +16,7 @@ OURS = json.loads((ROOT / "node_list.json").read_text(encoding="utf-8"))
 # The front end's own widgets of a node: values that belong to no input.
 CORE = {
     "CheckpointLoaderSimple": 0, "CLIPTextEncode": 0, "EmptyLatentImage": 0, "KSampler": 1, "VAEDecode": 0, "PreviewImage": 0,
-    "SaveImage": 0, "PreviewAny": 0, "PrimitiveInt": 1, "PrimitiveStringMultiline": 0, "MarkdownNote": 1,
+    "SaveImage": 0, "SetClipHooks": 0, "PreviewAny": 0, "PrimitiveInt": 1, "PrimitiveStringMultiline": 0, "MarkdownNote": 1,
 }  # fmt: skip
 # All of these are looked for by the host, but it serves the pictures of one only.
 EXAMPLE_FOLDERS = ("example_workflows", "example", "examples", "workflow", "workflows")
@@ -42,7 +45,7 @@ def source(saved: dict, node: dict, name: str) -> tuple[int, int] | None:
 
 def test_there_is_one_folder_of_examples_with_a_picture_for_each():
     assert [name for name in EXAMPLE_FOLDERS if (ROOT / name).is_dir()] == ["workflows"]
-    assert {path.stem for path in FILES} == {"train_trilora", "train_tlora", "apply_trilora"}
+    assert {path.stem for path in FILES} == {"train_trilora", "train_tlora", "apply_trilora", "block_weights", "scheduled_blocks"}
     pictures = {path.stem for path in FOLDER.glob("*.jpg")}
     assert pictures == {path.stem for path in FILES}
     assert {path.suffix for path in FOLDER.iterdir()} == {".json", ".jpg"}
@@ -105,6 +108,7 @@ def test_links_run_from_left_to_right_or_downwards(saved):
         assert x < u or (x == u and y < v), f"{origin} -> {target}"
 
 
+@pytest.mark.parametrize("saved", [FOLDER / f"{name}.json" for name in ("train_trilora", "train_tlora", "apply_trilora")], indirect=True, ids=lambda path: path.stem)
 def test_both_pictures_differ_by_the_adapter_alone(saved):
     plain, adapted = titled(saved, "Sample without the adapter"), titled(saved, "Sample with the adapter")
     assert plain["widgets_values"] == adapted["widgets_values"]
@@ -117,6 +121,46 @@ def test_both_pictures_differ_by_the_adapter_alone(saved):
         assert one is other or texts[0] == texts[1] is not None
     assert nodes[source(saved, plain, "model")[0]]["type"] == "CheckpointLoaderSimple"
     assert nodes[source(saved, adapted, "model")[0]]["type"] in OURS
+
+
+def test_both_pictures_differ_by_the_schedule_alone():
+    """The same adapter on the same prompts and samplers; one of the two hooks has a schedule, which is one."""
+    saved = json.loads((FOLDER / "scheduled_blocks.json").read_text(encoding="utf-8"))
+    nodes, plain, scheduled = by_id(saved), titled(saved, "Sample all the time"), titled(saved, "Sample scheduled")
+    assert plain["widgets_values"] == scheduled["widgets_values"]
+    for name in ("model", "seed", "latent_image"):
+        assert source(saved, plain, name) == source(saved, scheduled, name) is not None
+    hooks = []
+    for sampler in (plain, scheduled):
+        prompts = [nodes[source(saved, sampler, name)[0]] for name in ("positive", "negative")]
+        (setter,) = {source(saved, prompt, "clip")[0] for prompt in prompts}
+        hooks.append((nodes[source(saved, nodes[setter], "hooks")[0]], [source(saved, prompt, "text") for prompt in prompts], nodes[setter]["widgets_values"]))
+    (one, texts, options), (other, same_texts, same_options) = hooks
+    assert texts == same_texts and options == same_options and one is not other
+    values = [dict(zip([entry["name"] for entry in hook["inputs"] if "widget" in entry], hook["widgets_values"], strict=True)) for hook in (one, other)]
+    assert {name for name in values[0] if values[0][name] != values[1][name]} == {"schedule"} and values[0]["schedule"] == ""
+    placed = parse(values[1]["schedule"]).on(Blocks.layout("SD1.5"))
+    assert len(placed.rules) == 3 and not any(curve.is_constant for _, curve in placed.rules)
+
+
+def test_both_pictures_differ_by_the_blocks_alone():
+    """The same file, prompts and samplers; one of the two loaders gets block weights, and those leave a part of the blocks on."""
+    saved = json.loads((FOLDER / "block_weights.json").read_text(encoding="utf-8"))
+    nodes, samplers = by_id(saved), [titled(saved, f"Sample with {part}") for part in ("the whole adapter", "some of its blocks")]
+    assert samplers[0]["widgets_values"] == samplers[1]["widgets_values"]
+    for name in ("seed", "latent_image"):
+        assert source(saved, samplers[0], name) == source(saved, samplers[1], name) is not None
+    loaders = [nodes[source(saved, sampler, "model")[0]] for sampler in samplers]
+    for name in ("positive", "negative"):
+        prompts = [nodes[source(saved, sampler, name)[0]] for sampler in samplers]
+        assert [source(saved, prompt, "clip") for prompt in prompts] == [(loader["id"], 1) for loader in loaders]
+        assert source(saved, prompts[0], "text") == source(saved, prompts[1], "text") is not None
+    assert loaders[0]["widgets_values"] == loaders[1]["widgets_values"] and source(saved, loaders[0], "block_weights") is None
+    node = nodes[source(saved, loaders[1], "block_weights")[0]]
+    family, dialect, text = node["widgets_values"][:3]
+    assert node["type"] == "TriLoRABlockWeights" and dialect == "auto"
+    weights = parse_weights(text, Blocks.layout(family))
+    assert weights.text() == text and {value for _, value in weights.rules} | {weights.default} == {0, 1}
 
 
 def test_the_prompt_uses_the_trigger():

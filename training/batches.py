@@ -11,13 +11,13 @@ from .host import Sample
 
 
 def batches(samples: Sequence[Sample], batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
-    """Endless batches of indices; every epoch shows each sample once, in a new order.
+    """Endless batches of indices; every epoch shows each sample `repeats` times, in a new order.
 
     A batch holds samples of one signature (latent size and kind of conditions); the last of a signature may be smaller.
     """
     groups: dict[object, list[int]] = defaultdict(list)
     for index, sample in enumerate(samples):
-        groups[sample.signature].append(index)
+        groups[sample.signature] += [index] * sample.repeats
     while True:
         epoch = []
         for members in groups.values():

@@ -17,12 +17,20 @@ def read_caption(image: Path) -> str | None:
 
 
 def with_trigger(caption: str | None, trigger: str) -> str:
-    """The prompt an image is trained with: "trigger, caption"; the trigger once, alone where there is no caption."""
+    """The prompt an image is trained with: "trigger, tag, tag, ..."; the trigger once, alone where there is no caption.
+
+    A trigger that is one of the caption's tags moves to the front; one that stands in a sentence ("a photo of sks dog")
+    stays where it is.
+    """
     trigger = trigger.strip()
-    if not caption:
-        return trigger
+    if not trigger or not caption:
+        return caption or trigger
+    tags = [tag.strip() for tag in caption.split(",")]
+    others = [tag for tag in tags if tag.casefold() != trigger.casefold()]
+    if len(others) < len(tags):
+        return ", ".join([trigger, *filter(None, others)])
     there = re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption, re.IGNORECASE)
-    return caption if not trigger or there else f"{trigger}, {caption}"
+    return caption if there else f"{trigger}, {caption}"
 
 
 def tag_frequency(captions: Iterable[str]) -> dict[str, int]:

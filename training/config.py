@@ -23,6 +23,7 @@ class TrainingConfig:
         models and uniform for the others. min_snr_gamma: cap of the signal-to-noise weight for eps and v models
         (`objective.loss_weight`), 0 = off. caption_dropout: share of samples trained with the empty prompt.
     seed: of every draw. checkpointing: recompute blocks in the backward pass (less memory, more time).
+    prior_weight: w in loss = data + w * prior, where a regularisation set is given (DreamBooth, arXiv:2208.12242); 0 = off.
     """
 
     steps: int = 500
@@ -38,6 +39,7 @@ class TrainingConfig:
     caption_dropout: float = 0.05
     seed: int = 0
     checkpointing: bool = False
+    prior_weight: float = 1.0
 
     def __post_init__(self):
         for field in ("steps", "batch_size", "accumulation"):
@@ -45,7 +47,7 @@ class TrainingConfig:
                 raise TriLoRAError(f"{field}={getattr(self, field)}: a whole number of 1 or more")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise TriLoRAError(f"learning_rate={self.learning_rate}: a positive number; 1e-4 is a good start")
-        for field in ("weight_decay", "grad_clip", "min_snr_gamma"):
+        for field in ("weight_decay", "grad_clip", "min_snr_gamma", "prior_weight"):
             if not (math.isfinite(getattr(self, field)) and getattr(self, field) >= 0):
                 raise TriLoRAError(f"{field}={getattr(self, field)}: a number of 0 (off) or more")
         for field in ("warmup", "caption_dropout"):

@@ -18,12 +18,14 @@ class Sample:
     x0: (1, C, *space) clean latent in the model's own scale, fp32 on the CPU.
     conditions: what the host made of the caption, opaque to the loop.
     signature: samples with equal signatures can share a forward pass.
+    repeats: how many times an epoch shows it.
     """
 
     name: str
     x0: Tensor
     conditions: Any
     signature: Hashable
+    repeats: int = 1
 
 
 class Host(Protocol):

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +22,23 @@ from .schedule import rate_factor
 
 log = logging.getLogger("trilora")
 MAX_BAD_STEPS = 20  # more than a gradient scaler needs to find its scale
+Pass = tuple[list[Sample], list[Tensor], Tensor]  # a batch, the noise of each, (B,) places u in the noise schedule
 
 
 @dataclass
 class Progress:
     """State of a run, handed to `on_step` after every optimizer step.
 
-    losses: mean weighted loss of every step so far; grad_norm: global norm before clipping; rate: steps per second.
+    losses: what was minimised in every step so far: data + prior_weight * prior. data_losses, prior_losses: the two, each
+    the mean weighted loss of its own samples; prior_losses stays empty in a run without a regularisation set.
+    grad_norm: global norm before clipping; rate: steps per second.
     """
 
     steps: int
     done: int = 0
     losses: list[float] = field(default_factory=list)
+    data_losses: list[float] = field(default_factory=list)
+    prior_losses: list[float] = field(default_factory=list)
     grad_norm: float = 0.0
     learning_rate: float = 0.0
     rate: float = 0.0
@@ -42,8 +48,16 @@ class Progress:
     @property
     def smooth_loss(self) -> float:
         """Mean of the last 20 losses."""
-        recent = self.losses[-20:]
-        return sum(recent) / len(recent) if recent else float("nan")
+        return _recent(self.losses)
+
+    @property
+    def smooth_parts(self) -> tuple[float, float] | None:
+        """The same of data and prior, where there is a regularisation set."""
+        return (_recent(self.data_losses), _recent(self.prior_losses)) if self.prior_losses else None
+
+
+def _recent(losses: list[float]) -> float:
+    return sum(losses[-20:]) / len(losses[-20:]) if losses else float("nan")
 
 
 class TrainingStopped(Exception):
@@ -58,15 +72,20 @@ class TrainingStopped(Exception):
 
 
 def train(host: Host, adapters: Mapping[str, Adapter], samples: Sequence[Sample], empty: Sequence[Sample],
-          config: TrainingConfig, on_step: Callable[[Progress], None] = lambda progress: None) -> Progress:
+          config: TrainingConfig, on_step: Callable[[Progress], None] = lambda progress: None, *,
+          prior: Sequence[Sample] = (), prior_empty: Sequence[Sample] = (), rates: Mapping[str, float] = MappingProxyType({})) -> Progress:
     """Train `adapters` in place on `samples`; the model itself is left bit-identical.
 
     empty: the samples again with the empty prompt's conditions, index by index, for caption dropout.
+    prior, prior_empty: the same two of a regularisation set; with one, and a prior_weight w above 0, the loss of a step is
+    data + w * prior. Every step then draws as many batches of the set as of the samples, from a generator of its own: the
+    samples' order and noise are those of the run without it.
+    rates: adapters' factors of the learning rate, 1 where there is none.
     Call inside `host.session()`. Raises TrainingStopped if it ends before the last step, for whatever reason.
     """
-    draws = torch.Generator().manual_seed(config.seed)
-    order = batches(samples, config.batch_size, draws)
-    optimizer, parameters = _optimizer(adapters, config)
+    data = _Draws(samples, empty, host, config, config.seed)
+    kept = _Draws(prior, prior_empty, host, config, config.seed + 2) if prior and config.prior_weight else None  # + 1 is evaluate's
+    optimizer, parameters = _optimizer(adapters, config, rates)
     scaler = torch.amp.GradScaler(host.device.type, enabled=host.compute_dtype == torch.float16)
     progress = Progress(config.steps)
     bad, started = 0, time.perf_counter()
@@ -75,15 +94,17 @@ def train(host: Host, adapters: Mapping[str, Adapter], samples: Sequence[Sample]
             host.check_interrupt()
             progress.learning_rate = config.learning_rate * rate_factor(progress.done, config.steps, config.schedule, config.warmup)
             for group in optimizer.param_groups:
-                group["lr"] = progress.learning_rate
-            window = [[_pick(samples[i], empty[i], config, draws) for i in next(order)] for _ in range(config.accumulation)]
-            drawn = [_draw(batch, host, config, draws) for batch in window]
-            loss = _accumulate(host, adapters, drawn, config, scaler, optimizer, progress)
+                group["lr"] = progress.learning_rate * group["rate"]
+            of_data, of_prior = _accumulate(host, adapters, data.step(), kept.step() if kept else [], config, scaler, optimizer, progress)
+            loss = of_data + config.prior_weight * of_prior if kept else of_data
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip or float("inf"))
             if torch.isfinite(norm) and torch.isfinite(loss):
                 bad = 0
                 progress.losses.append(float(loss))
+                progress.data_losses.append(float(of_data))
+                if kept:
+                    progress.prior_losses.append(float(of_prior))
             else:
                 bad, progress.skipped = bad + 1, progress.skipped + 1
                 if scaler.is_enabled() and torch.isfinite(loss):  # how a gradient scaler finds its scale
@@ -127,48 +148,71 @@ def evaluate(host: Host, adapters: Mapping[str, Adapter], samples: Sequence[Samp
     return total / draws
 
 
-def _optimizer(adapters: Mapping[str, Adapter], config: TrainingConfig) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
-    decay, keep = [], []
-    for adapter in adapters.values():
-        with_decay, without = adapter.parameter_groups()
-        decay += with_decay
-        keep += without
-    groups = [{"params": p, "weight_decay": d} for p, d in ((decay, config.weight_decay), (keep, 0.0)) if p]
-    return torch.optim.AdamW(groups, lr=config.learning_rate), decay + keep
+def _optimizer(adapters: Mapping[str, Adapter], config: TrainingConfig, rates: Mapping[str, float]) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for key, adapter in adapters.items():
+        for decay, parameters in zip((config.weight_decay, 0.0), adapter.parameter_groups(), strict=True):
+            groups.setdefault((rates.get(key, 1.0), decay), []).extend(parameters)
+    filled = [{"params": found, "rate": rate, "weight_decay": decay} for (rate, decay), found in groups.items() if found]
+    return torch.optim.AdamW(filled, lr=config.learning_rate), [p for group in filled for p in group["params"]]
 
 
-def _pick(sample: Sample, empty: Sample, config: TrainingConfig, draws: torch.Generator) -> Sample:
-    return empty if float(torch.rand(1, generator=draws)) < config.caption_dropout else sample
+class _Draws:
+    """What the steps of a run see of one set of samples: batches, dropped captions, noise and noise levels, all seeded."""
+
+    def __init__(self, samples: Sequence[Sample], empty: Sequence[Sample], host: Host, config: TrainingConfig, seed: int):
+        self.samples, self.empty, self.host, self.config = samples, empty, host, config
+        self.generator = torch.Generator().manual_seed(seed)
+        self.order = batches(samples, config.batch_size, self.generator)
+
+    def step(self) -> list[Pass]:
+        """The passes of one optimizer step."""
+        window = [[self._pick(i) for i in next(self.order)] for _ in range(self.config.accumulation)]
+        return [self._noised(batch) for batch in window]
+
+    def _pick(self, index: int) -> Sample:
+        dropped = float(torch.rand(1, generator=self.generator)) < self.config.caption_dropout
+        return (self.empty if dropped else self.samples)[index]
+
+    def _noised(self, batch: list[Sample]) -> Pass:
+        noise = [torch.randn(sample.x0.shape, generator=self.generator) for sample in batch]
+        return batch, noise, draw_u(len(batch), self.config.timesteps, self.host.prediction, self.generator)
 
 
-def _draw(batch: list[Sample], host: Host, config: TrainingConfig, draws: torch.Generator) -> tuple[list[Sample], list[Tensor], Tensor]:
-    noise = [torch.randn(sample.x0.shape, generator=draws) for sample in batch]
-    return batch, noise, draw_u(len(batch), config.timesteps, host.prediction, draws)
+def _accumulate(host: Host, adapters, data: list[Pass], prior: list[Pass], config: TrainingConfig, scaler, optimizer,
+                progress: Progress) -> tuple[Tensor, Tensor]:
+    """Gradients of mean(data) + prior_weight * mean(prior), each over all of its samples in a step; returns the two means.
 
-
-def _accumulate(host: Host, adapters, drawn, config: TrainingConfig, scaler, optimizer, progress: Progress) -> Tensor:
-    """Gradients of the mean loss over all samples of a step; run again with cloned activations where a model needs that."""
+    One pass after the other, so that a regularisation set costs time and no memory. Run again with cloned activations
+    where a model needs that.
+    """
     while True:
         try:
-            total = torch.zeros((), device=host.device)
-            count = sum(len(batch) for batch, _, _ in drawn)
-            for batch, noise, u in drawn:
-                host.check_interrupt()
-                for members in by_signature(batch):  # caption dropout may have mixed two kinds of conditions
-                    with injected(host, adapters, config.checkpointing, progress.cloning):
-                        losses = _losses(host, [batch[m] for m in members], torch.cat([noise[m] for m in members]), u[members], config)
-                        scaler.scale(losses.sum() / count).backward()
-                    total += losses.detach().sum() / count
+            means = [_backward(host, adapters, passes, weight, config, scaler, progress)
+                     for passes, weight in ((data, 1.0), (prior, config.prior_weight))]
             penalty = sum(a.penalty() for a in adapters.values())
             if penalty.requires_grad:
                 scaler.scale(penalty).backward()
-            return total
+            return means[0], means[1]
         except RuntimeError as error:
             if progress.cloning or not needs_clones(error):
                 raise
             log.info("this model writes into activations in place; training keeps copies of them")
             progress.cloning = True
             optimizer.zero_grad(set_to_none=True)
+
+
+def _backward(host: Host, adapters, passes: list[Pass], weight: float, config: TrainingConfig, scaler, progress: Progress) -> Tensor:
+    """Adds the gradients of weight * the mean loss of all samples of `passes`; returns the mean, without the weight."""
+    total, count = torch.zeros((), device=host.device), sum(len(batch) for batch, _, _ in passes)
+    for batch, noise, u in passes:
+        host.check_interrupt()
+        for members in by_signature(batch):  # caption dropout may have mixed two kinds of conditions
+            with injected(host, adapters, config.checkpointing, progress.cloning):
+                losses = _losses(host, [batch[m] for m in members], torch.cat([noise[m] for m in members]), u[members], config)
+                scaler.scale(weight * losses.sum() / count).backward()
+            total += losses.detach().sum() / count
+    return total
 
 
 def _losses(host: Host, samples: list[Sample], noise: Tensor, u: Tensor, config: TrainingConfig) -> Tensor:

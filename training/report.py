@@ -16,10 +16,12 @@ def smooth(losses: Sequence[float], span: int) -> list[float]:
     return result
 
 
-def plot_loss(losses: Sequence[float], title: str = "", fixed: tuple[float, float] | None = None) -> Image.Image:
+def plot_loss(losses: Sequence[float], title: str = "", fixed: tuple[float, float] | None = None,
+              prior: Sequence[float] = ()) -> Image.Image:
     """Raw losses faint, their moving average bold; fixed: loss on fixed noise before and after, drawn as end points.
 
-    losses: one per step, at least one. Returns an RGB picture of 960 x 540 pixels.
+    losses: of the data, one per step, at least one. prior: the same of a regularisation set, without its weight; its moving
+    average is drawn too. Returns an RGB picture of 960 x 540 pixels.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -27,9 +29,11 @@ def plot_loss(losses: Sequence[float], title: str = "", fixed: tuple[float, floa
     figure = Figure(figsize=(6.4, 3.6), dpi=150, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    steps = range(1, len(losses) + 1)
+    steps, span = range(1, len(losses) + 1), max(1, len(losses) // 20)
     axes.plot(steps, losses, color="#9db4d0", linewidth=0.8, label="loss of each step")
-    axes.plot(steps, smooth(losses, max(1, len(losses) // 20)), color="#1f4e8c", linewidth=2.2, label="moving average")
+    axes.plot(steps, smooth(losses, span), color="#1f4e8c", linewidth=2.2, label="moving average")
+    if prior:
+        axes.plot(steps, smooth(prior, span), color="#3a8f5c", linewidth=1.6, label="regularisation set")
     if fixed is not None:
         axes.plot([1, len(losses)], fixed, "o--", color="#d0661f", linewidth=1.4, label="fixed noise: before, after")
     axes.set(xlabel="step", ylabel="weighted loss", title=title)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .adapter import LayerShape
+from .block_names import InFile, blocks_in_file
+from .blocks import BASE
 from .checkpoint import PARTS, part_of, split_layers
 from .errors import TriLoRAError
 from .factors import LowRank, canonicalise, is_canonical, spectrum
@@ -25,20 +27,6 @@ _KINDS = (  # patterns as text: compiling all of them would take a tenth of the 
     (r"\.diff_b$", "difference of a bias"), (r"\.[bw]_norm$", "norm"), (r"\.set_weight$", "replaced weight"))
 _TAIL = (r"(\.(?:hada_|lokr_|oft_|[ab][12]\.|dora_scale|lora_|diff|[bw]_norm|set_weight|reshape_weight|alpha|scale|weight|bias)"
          r"|_lora\.).*$")
-# pattern in a layer's name with "." as "_" -> the block's name; the first that fits, in the order of the model
-_BLOCKS = (
-    (r"^(?:lora_)?te(?:xt_encoders?)?_?(\d?)_", "text {}"),
-    (r"(?:^|_)down_blocks_(\d+)_(?:attentions|resnets)_(\d+)", "down {}.{}"), (r"(?:^|_)down_blocks_(\d+)_", "down {} end"),
-    (r"(?:^|_)input_blocks_(\d+)_", "input {}"), (r"(?:^|_)mid(?:dle)?_block_", "mid"), (r"(?:^|_)output_blocks_(\d+)_", "output {}"),
-    (r"(?:^|_)up_blocks_(\d+)_(?:attentions|resnets)_(\d+)", "up {}.{}"), (r"(?:^|_)up_blocks_(\d+)_", "up {} end"),
-    (r"(?:^|_)(?:double(?:_stream)?_blocks|double_layers)_(\d+)_", "double {}"), (r"(?:^|_)joint_(?:transformer_)?blocks_(\d+)_", "joint {}"),
-    (r"(?:^|_)(?:single(?:_stream|_transformer)?_blocks|single_layers)_(\d+)_", "single {}"),
-    (r"(?:^|_)(?:transformer_blocks|blocks|layers)_(\d+)_", "block {}"),
-)
-# a level's end (its down- or upsampler) sorts behind the level's other blocks
-_STAGES = (0, 1, 1, 1, 2, 3, 3, 3, 4, 4, 5, 6, 7)
-_NUMBERED = ("double", "joint", "single", "block")  # numbered beyond nine: with a leading zero
-OTHER = "other"
 
 
 @dataclass(frozen=True)
@@ -48,6 +36,7 @@ class LayerFacts:
     kind: "low-rank", a pair such as "tensor_ring+lora", or another trainer's kind by name; bytes: of its tensors.
     sigma: (r,) singular values of R, falling, None for kinds that are not measured.
     change: |T - I|_F / sqrt(J), the root mean square by which T moves a random unit vector; None without a transform.
+    place: the block of the model in which it lies, as the name tells it.
     """
 
     name: str
@@ -55,11 +44,18 @@ class LayerFacts:
     bytes: int
     sigma: Tensor | None = None
     change: float | None = None
+    place: InFile = InFile(BASE, "")
 
     @property
     def block(self) -> str:
-        """See `block_of`."""
-        return block_of(self.name)
+        """The block's id: "IN04", "D07", "TE1.05", ..."""
+        return self.place.block
+
+    @property
+    def short_name(self) -> str:
+        """For a picture: the block, and what is left of the name within it, "IN01 · attn1_to_q"."""
+        rest = re.sub(r"^\d+_(?=\D)", "", self.place.rest.replace(".", "_"))  # the slot within an LDM block
+        return f"{self.block} · " + re.sub(r"transformer_blocks_(\d+)_", lambda m: "" if m[1] == "0" else f"t{m[1]} ", rest)
 
     @property
     def rank(self) -> int:
@@ -78,7 +74,7 @@ class LayerFacts:
 
 
 def analyse(tensors: Mapping[str, Tensor]) -> list[LayerFacts]:
-    """Facts of every layer, in the model's order as far as names tell it.
+    """Facts of every layer, in the order of the model's blocks as far as names tell it.
 
     Raises TriLoRAError where a low-rank pair's shapes do not fit. A transform's layer whose tensors no registered kind
     reads is counted with the kind "unknown transform".
@@ -89,7 +85,9 @@ def analyse(tensors: Mapping[str, Tensor]) -> list[LayerFacts]:
              for name, layer in plain.items()]
     facts += [_transform_layer(name, parts) for name, parts in _transform_layers(rest).items()]
     facts += _other_layers({key: tensor for key, tensor in rest.items() if part_of(key) is None})
-    return sorted(facts, key=lambda layer: block_order(layer.name))
+    places = blocks_in_file({layer.name for layer in facts})
+    order = {name: number for number, name in enumerate(places)}
+    return sorted((replace(layer, place=places[layer.name]) for layer in facts), key=lambda layer: order[layer.name])
 
 
 def effective_rank(sigma: Tensor) -> float:
@@ -109,35 +107,6 @@ def by_block(layers: Iterable[LayerFacts], value) -> dict[str, float]:
     for layer in layers:
         sums[layer.block] = sums.get(layer.block, 0) + value(layer)
     return sums
-
-
-def block_of(name: str) -> str:
-    """The block of the model in which a file's layer lies, read from its name: "down 0.1", "mid", "double 03", ... or "other"."""
-    return _place(name)[1]
-
-
-def block_order(name: str) -> tuple:
-    """Sorts layers as the model runs them: text encoders, the way down, the middle, the way up; numbers as numbers."""
-    place, block, _ = _place(name)
-    level = [int(n) for n in re.findall(r"\d+", block)]
-    return _STAGES[place], level[:1], block.endswith("end"), level, [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)]
-
-
-def short_name(name: str) -> str:
-    """The layer's name for a picture: its block, and what is left of the name within it, "down 0.1 · attn1_to_q"."""
-    _, block, rest = _place(name)
-    rest = re.sub(r"^\d+_(?=\D)", "", rest)  # the slot within an LDM block
-    return f"{block} · " + re.sub(r"transformer_blocks_(\d+)_", lambda m: "" if m[1] == "0" else f"t{m[1]} ", rest)
-
-
-def _place(name: str) -> tuple[int, str, str]:
-    """(place among the kinds of blocks, the block, the rest of the name)."""
-    flat = name.replace(".", "_") + "_"
-    for place, (pattern, block) in enumerate(_BLOCKS):
-        if match := re.search(pattern, flat):
-            numbers = [n.zfill(2) if block.split()[0] in _NUMBERED else n for n in match.groups()]
-            return place, block.format(*numbers).strip(), flat[match.end():].strip("_")
-    return len(_BLOCKS), OTHER, flat.removeprefix("lora_unet_").strip("_")
 
 
 def _transform_layers(rest: Mapping[str, Tensor]) -> dict[str, dict[str, dict[str, Tensor]]]:

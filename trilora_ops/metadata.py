@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -20,20 +21,27 @@ _BASE_VERSION = {("sd1", "eps"): "sd_v1", ("sd2", "eps"): "sd_v2", ("sd2", "v"):
 
 
 def describe(*, method: str, form: str, options: Mapping, plan: Mapping[str, int], family: str, prediction: str, base: str,
-             training: Mapping, trigger: str, tag_frequency: Mapping[str, int], images: int, steps_done: int) -> dict[str, str]:
+             training: Mapping, trigger: str, tag_frequency: Mapping[str, int], folders: Mapping[str, Mapping[str, int]],
+             steps_done: int, regularisation: Mapping[str, Mapping[str, int]] = MappingProxyType({})) -> dict[str, str]:
     """Metadata of a freshly trained adapter.
 
     form: "svd" (canonical low-rank layers) or "transform"; options: of the method; plan: layer name -> rank; prediction:
     the base model's, "eps", "v" or "flow"; base: fingerprint of the base model; training: the settings as
-    numbers and strings; tag_frequency: tag -> images that have it; steps_done: optimizer steps made.
+    numbers and strings; tag_frequency: tag -> images that have it; folders: folder -> {"n_repeats": times that an epoch
+    shows each image, "img_count": images in it}; steps_done: optimizer steps made; regularisation: folders of the
+    regularisation set, empty where there was none.
     """
+    shown, kept = (sum(f["n_repeats"] * f["img_count"] for f in each.values()) for each in (folders, regularisation))
     return describe_layers(method=method, form=form, options=options, plan=plan, family=family, prediction=prediction, base=base) | {
         "trilora.training": json.dumps(dict(training), sort_keys=True), "trilora.trigger": trigger, "trilora.steps": str(steps_done),
+        "trilora.data": json.dumps({"folders": _plain(folders), "regularisation": _plain(regularisation)}, sort_keys=True),
         "ss_learning_rate": str(training.get("learning_rate")), "ss_max_train_steps": str(training.get("steps")),
         "ss_steps": str(steps_done), "ss_batch_size_per_device": str(training.get("batch_size")),
         "ss_gradient_accumulation_steps": str(training.get("accumulation")), "ss_seed": str(training.get("seed")),
         "ss_lr_scheduler": str(training.get("schedule")), "ss_optimizer": "torch.optim.AdamW",
-        "ss_num_train_images": str(images), "ss_tag_frequency": json.dumps({"train": dict(tag_frequency)}),
+        "ss_num_train_images": str(shown), "ss_dataset_dirs": json.dumps(_plain(folders)),
+        "ss_num_reg_images": str(kept), "ss_reg_dataset_dirs": json.dumps(_plain(regularisation)),
+        "ss_prior_loss_weight": str(training.get("prior_weight")), "ss_tag_frequency": json.dumps({"train": dict(tag_frequency)}),
         "modelspec.trigger_phrase": trigger,
     }
 
@@ -90,6 +98,10 @@ def summary(metadata: Mapping[str, str]) -> str:
     said = {"trigger": trigger(metadata), "base": ", ".join(dict.fromkeys(filter(None, base))),
             "method": metadata.get("trilora.method") or metadata.get("ss_network_module"), "rank": metadata.get("ss_network_dim")}
     return "\n".join(f"{name}: {value or 'not said'}" for name, value in said.items())
+
+
+def _plain(folders: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
+    return {name: dict(entry) for name, entry in folders.items()}
 
 
 def _ranks(ranks: Mapping[str, int]) -> dict[str, str]:

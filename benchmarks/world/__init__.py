@@ -7,4 +7,5 @@
 * ``diffusion``: noise schedule, v-prediction, Euler sampler.
 * ``world``: the pretrained model, ``World.load()``.
 * ``pretrain``: the script that made ``world.safetensors``.
+* ``prior``: what an adapter makes the world forget, by the weight of a regularisation set.
 """

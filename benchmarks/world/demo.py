@@ -63,7 +63,7 @@ def run(output: Path, style: str = STYLES[0], seed: int = 0, on_step=lambda prog
     tensors, ranks = export_tensors(adapters, FAMILY, host.layers())
     metadata = describe(method=METHOD.name, form=METHOD.form, options=METHOD.options, plan=ranks, family="the small world", prediction=host.prediction,
                         base=host.fingerprint(), training=settings.as_dict(), trigger=TRIGGER,
-                        tag_frequency=tag_frequency(prompt for _, prompt in lessons), images=len(lessons), steps_done=progress.done)
+                        tag_frequency=tag_frequency(prompt for _, prompt in lessons), folders={style: {"n_repeats": 1, "img_count": len(lessons)}}, steps_done=progress.done)
     file = output / "adapter.safetensors"
     file.unlink(missing_ok=True)
     write_adapter(file, AdapterState(tensors, metadata), torch.float16)

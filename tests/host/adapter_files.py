@@ -28,40 +28,45 @@ def low_rank(name: str, out: int, inp: int, rank: int = 3, kernel: tuple[int, ..
             f"{name}.lora_down.weight": 0.1 * normal(rank, inp, *kernel, seed=seed + 1), f"{name}.alpha": torch.tensor(rank / 2)}  # fmt: skip
 
 
-def lycoris(patcher, kind: str, seed: int = 0) -> dict[str, torch.Tensor]:
-    """A file of LyCORIS for the two layers, every tensor moved away from its start."""
+def layer_of(patcher, name: str) -> nn.Module:
+    """A linear layer or a 3 x 3 convolution with the shape and the weight of the model's layer of this name, in fp32."""
+    weight = comfy.utils.get_attr(patcher.model, f"{name}.weight").detach().float()
+    out, inp, *kernel = weight.shape
+    module = nn.Conv2d(inp, out, tuple(kernel), padding=1) if kernel else nn.Linear(inp, out)
+    with torch.no_grad():
+        module.weight.copy_(weight)
+    return module
+
+
+def lycoris(patcher, kind: str, seed: int = 0, names: tuple[str, ...] = (LINEAR, CONV), **more) -> dict[str, torch.Tensor]:
+    """A file of LyCORIS for some layers, every tensor moved away from its start. more: options beside those of the kind."""
     import lycoris as library
 
-    class Layers(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc, self.conv = nn.Linear(128, 128), nn.Conv2d(128, 128, 3, padding=1)
-
-    layers = Layers()
-    with torch.no_grad():
-        for module, key in zip((layers.fc, layers.conv), KEYS, strict=True):
-            module.weight.copy_(comfy.utils.get_attr(patcher.model, key).float())
+    layers = nn.Module()
+    for number, name in enumerate(names):
+        layers.add_module(f"layer{number}", layer_of(patcher, name))
     algorithm, options = LYCORIS[kind]
-    library.LycorisNetwork.apply_preset({"target_name": [".*fc", ".*conv"], "target_module": []})
+    library.LycorisNetwork.apply_preset({"target_name": ["layer.*"], "target_module": []})
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            network = library.create_lycoris(layers, 1.0, linear_dim=4, linear_alpha=2.0, conv_dim=4, conv_alpha=2.0, algo=algorithm, **options)
+            network = library.create_lycoris(layers, 1.0, linear_dim=4, linear_alpha=2.0, conv_dim=4, conv_alpha=2.0, algo=algorithm, **options, **more)
     finally:
         library.LycorisNetwork.apply_preset({})
     network.apply_to()
     size = 0.3 if kind.startswith(("loha", "lokr")) else 0.02 if kind == "full" else 0.1
     state = network.state_dict()
     moved = {k: v.detach() + size * normal(*v.shape, seed=seed) if v.ndim else v.detach() for k, v in state.items()}
-    return {k.replace("lycoris_fc", LINEAR).replace("lycoris_conv", CONV): v.float().contiguous() for k, v in moved.items()}
+    heads = {f"lycoris_layer{number}": name for number, name in enumerate(names)}
+    return {heads[head] + dot + end: v.float().contiguous() for k, v in moved.items() for head, dot, end in [k.partition(".")]}
 
 
-def transform(patcher, registry, seed: int = 0) -> dict[str, torch.Tensor]:
-    """A TLoRA of this pack (tensor rings for T and R) on the two layers, every core moved."""
+def transform(patcher, registry, seed: int = 0, names: tuple[str, ...] = (LINEAR, CONV)) -> dict[str, torch.Tensor]:
+    """A TLoRA of this pack (tensor rings for T and R) on some layers, every core moved."""
     method, tensors = registry.Method(registry.RESIDUALS["tensor_ring"](rank=2), registry.TRANSFORMS["tensor_ring"](2)), {}
-    for name, module in ((LINEAR, nn.Linear(128, 128)), (CONV, nn.Conv2d(128, 128, 3))):
-        weight = comfy.utils.get_attr(patcher.model, f"{name}.weight").float().clone()
-        adapter = method.build(module, weight, torch.Generator().manual_seed(seed))
+    for name in names:
+        module = layer_of(patcher, name)
+        adapter = method.build(module, module.weight.detach().clone(), torch.Generator().manual_seed(seed))
         for parameter in adapter.parameters():
             parameter.data += 0.05 * normal(*parameter.shape, seed=seed)
         for part in ("transform", "residual"):

@@ -34,7 +34,7 @@ def test_a_file_from_disk(host_nodes, saved):
         energies[layer] = float(R.double().square().sum())
     whole = sum(energies.values())
     assert f"‖R‖ = {whole**0.5:.4g} over 2 layers" in report
-    assert f"{max(energies.values()) / whole:6.1%}  mid · " in report
+    assert f"{max(energies.values()) / whole:6.1%}  MID0 · in_layers_2" in report
     assert f"{sum(t.numel() * t.element_size() for t in tensors.values()) / 2**20:.1f} MiB" in report
 
 

@@ -74,12 +74,12 @@ class Trained:
             return distance(compute(delta.clone()), added)
 
 
-def applied(host_nodes, tiny, name: str, loader: str, strength: float = 1.0) -> dict[str, torch.Tensor]:
+def applied(host_nodes, tiny, name: str, loader: str, strength: float = 1.0, **inputs) -> dict[str, torch.Tensor]:
     """Target key -> what a loader's patches add to the weight."""
     if loader == "TriLoRAApplyStack":
-        (stack,) = run_node(host_nodes, "TriLoRAAdapterStack", lora_name=name, strength_model=strength)
+        (stack,) = run_node(host_nodes, "TriLoRAAdapterStack", lora_name=name, strength_model=strength, **inputs)
         return deltas(run_node(host_nodes, loader, model=tiny.patcher, stack=stack)[0], tiny.patcher)
-    return deltas(run_node(host_nodes, loader, model=tiny.patcher, lora_name=name, strength_model=strength)[0], tiny.patcher)
+    return deltas(run_node(host_nodes, loader, model=tiny.patcher, lora_name=name, strength_model=strength, **inputs)[0], tiny.patcher)
 
 
 def kinds() -> dict[str, tuple]:
@@ -119,24 +119,31 @@ def test_strength_is_lycoris_multiplier(host_nodes, tiny, written, kind):
     """(At other strengths than 1 LyCORIS' DoRA is no straight line.)"""
     module, options = kinds()[kind]
     name, layers = written(module, **options)
-    for loader in LOADERS:
-        found = applied(host_nodes, tiny, name, loader, 0.6)
+    ways = [(loader, {"strength": 0.6}) for loader in LOADERS] + [(loader, {"block_weights": "MID=0.6"}) for loader in LOADERS[:2]]
+    for loader, inputs in ways:
+        found = applied(host_nodes, tiny, name, loader, **inputs)
         assert {key: layer.error(found[key], 0.6) <= 2e-5 for key, layer in layers.items()} == dict.fromkeys(layers, True)
 
 
 @pytest.mark.parametrize("module", ["diag_oft.DiagOFTModule", "boft.ButterflyOFTModule"])
-@pytest.mark.parametrize("strength", [1.0, 0.6])
+@pytest.mark.parametrize("strength", [1.0, 0.6, -1.0])
 def test_rotations(host_nodes, tiny, written, module, strength):
-    """OFT and BOFT: core multiplies by the strength once too often, so its loaders agree at 1 alone; the Stack is a straight line."""
+    """OFT and BOFT: core multiplies by the strength once too often, so its loader agrees with LyCORIS at 1 alone.
+
+    Ours are the straight line through 0 and 1, by the node's strength and by that of the blocks; so is LyCORIS' OFT, while
+    its BOFT turns by a part of each of its stages.
+    """
     name, layers = written(_module(module), lora_dim=8)
     once = applied(host_nodes, tiny, name, "TriLoRAApplyStack")
-    stacked = applied(host_nodes, tiny, name, "TriLoRAApplyStack", strength)
-    for loader in ("TriLoRALoader", "LoraLoaderModelOnly"):
-        found = applied(host_nodes, tiny, name, loader, strength)
-        for key, layer in layers.items():
-            assert layer.error(found[key] / strength, strength) <= 2e-5
+    core = applied(host_nodes, tiny, name, "LoraLoaderModelOnly", strength)
     for key, layer in layers.items():
-        assert layer.error(once[key]) <= 2e-5 and distance(stacked[key], strength * once[key]) <= 1e-5
+        assert layer.error(once[key]) <= 2e-5 and layer.error(core[key] / strength, strength) <= 2e-5
+    for loader in ("TriLoRALoader", "TriLoRAApplyStack"):
+        for inputs in ({"strength": strength}, {"block_weights": f"default={strength}"}):
+            found = applied(host_nodes, tiny, name, loader, **inputs)
+            for key, layer in layers.items():
+                assert distance(found[key], strength * once[key]) <= 1e-5
+                assert "Butterfly" in module or layer.error(found[key], strength) <= 2e-5
 
 
 def test_dora_on_the_output_is_cores_reading(host_nodes, tiny, written):

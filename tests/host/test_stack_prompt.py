@@ -85,3 +85,26 @@ def test_a_stack_in_a_graph(started_host, folder):
     assert "load" in cached and not {"first", "second", "apply", "sample"} & cached
     assert apart(changed, picture) > 10
     assert not [line for line in started_host.log[before:].splitlines() if "trilora" in line.lower() and "error" in line.lower()]
+
+
+def test_block_weights_in_a_graph(started_host, folder):
+    """Typed, and over a link: all zeros is the plain picture, all ones that of the whole files, a part neither; nothing is read again."""
+    plain, _ = run(started_host, graph(stacked=False))
+    prompt = graph()
+    whole, _ = run(started_host, prompt)
+    prompt["line"] = {"class_type": "PrimitiveString", "inputs": {"value": "default=0"}}
+    for name in ("first", "second"):
+        prompt[name]["inputs"]["block_weights"] = ["line", 0]
+    assert apart(run(started_host, prompt)[0], plain) <= 1
+    prompt["line"]["inputs"]["value"] = "default=1"
+    assert apart(run(started_host, prompt)[0], whole) <= 1
+    prompt["first"]["inputs"]["block_weights"] = "default=0"  # the OFT alone
+    part, cached = run(started_host, prompt)
+    assert apart(part, whole) > 2 and apart(part, plain) > 2 and {"load", "line"} <= cached
+    assert "apply" in run(started_host, prompt)[1]
+
+    loader = {"class_type": "TriLoRALoader", "inputs": {"model": ["load", 0], "clip": ["load", 1], "lora_name": "stack_oft.safetensors", "strength_model": 0.6,
+                                                      "strength_clip": 0.5, "keep_rank": 0, "block_weights": "MID1=1, IN=0, OUT=0"}}  # fmt: skip
+    alone = graph()
+    alone["apply"] = loader
+    assert apart(run(started_host, alone)[0], part) <= 1

@@ -133,7 +133,7 @@ def test_slices_of_a_fused_weight(host_nodes, own):
     ]  # fmt: skip
     files = [(own["comfy_patches"].patches_from_state(own["checkpoint"].AdapterState(t), tiny.patcher, None, "file"), 0.5 + 0.3 * i) for i, t in enumerate(tensors)]
     weight, parts = weight_of(tiny, FUSED), of_key(files, FUSED)
-    assert len(parts) == 10 and {patch.name for _, patch, _ in parts if hasattr(patch, "name")} == {"lora", "loha", "oft", "trilora_transform"}
+    assert len(parts) == 10 and {patch.name for _, patch, _ in parts if hasattr(patch, "name")} == {"lora", "loha", "trilora_stack", "trilora_transform"}
     wanted = formula(parts, weight)
     for order in (files, files[::-1], files[3:] + files[:3]):
         patcher = tiny.patcher.clone()

@@ -1,0 +1,63 @@
+"""Strengths by blocks: the text of a `block_weights` input against a model's blocks, and a file's patches by it.
+
+A patch is applied with strength * ratio, ratio being what the text gives its place: 0.5 is half of the change that the file
+makes there, whatever its kind, and -1 its opposite, since every patch of `Places.patches` is linear in its strength.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..trilora_ops.errors import TriLoRAError
+from .comfy_stack import stack_patches
+
+
+def weigh(text: str, patches: Mapping, places, name: str) -> Mapping:
+    """A file's patches with the strengths of their blocks in them, one for each weight; an empty text leaves them as they are.
+
+    text: any dialect that `block_syntax.parse` reads; places: the `Places` that made the patches; name: the file's, for
+    messages. Raises TriLoRAError where the text cannot be read for this model.
+    """
+    if not text.strip():
+        return patches
+    # not one add_patches for each ratio: the host lists all weights of the model at each call
+    groups = by_strength(patches, block_strengths(text, places.blocks, name), places.blocks)
+    return stack_patches((group, ratio) for ratio, group in groups)
+
+
+def block_strengths(text: str, blocks, name: str = ""):
+    """The `BlockWeights` that a text means on these `Blocks`, with the user's presets.
+
+    name: the file's that they are for, if there is one yet. Raises TriLoRAError that names the input.
+    """
+    # not at the pack's import: only a graph that has such a text needs them
+    from ..trilora_ops.block_syntax import parse
+    from .block_presets import user_presets
+
+    try:
+        return parse(text, blocks, presets=user_presets())
+    except TriLoRAError as error:
+        problem = str(error).removeprefix("block weights: ").rstrip(".")
+        raise TriLoRAError(f"block_weights{name and ' for '}{name}: {problem}; nothing was applied") from None
+
+
+def by_strength(patches: Mapping, weights, blocks) -> list[tuple[float, dict]]:
+    """(ratio, the patches with it), by ratio; those with ratio 0 are left out.
+
+    patches: by the host's target, a key or a tuple of key, slice and function, each weighed by its own place; weights:
+    BlockWeights; blocks: the Blocks they are for.
+    """
+    groups: dict[float, dict] = {}
+    for target, patch in patches.items():
+        if ratio := weights.at(blocks.place(target)):
+            groups.setdefault(ratio, {})[target] = patch
+    return sorted(groups.items(), key=lambda group: group[0])
+
+
+def presets_in(text: str | None) -> tuple[tuple[str, str], ...]:
+    """(name, content) of the user's presets whose name stands in a text: a node runs again when one of them has changed."""
+    if not (text or "").strip():
+        return ()
+    from .block_presets import user_presets
+
+    return tuple(sorted((name, content) for name, content in user_presets().items() if name.lower() in text.lower()))

@@ -1,0 +1,107 @@
+"""The panel's reading and writing of block weights (web/js/block_text.js) against the parser's, on random texts; needs Node.js."""
+
+import json
+import random
+import shutil
+import subprocess
+
+import pytest
+from comfyui_trilora.benchmarks.installation import ROOT
+
+NODE_JS = shutil.which("node")
+pytestmark = pytest.mark.skipif(NODE_JS is None, reason="no Node.js to run the panel's script with")
+FAMILIES = ("SD1.5", "SDXL", "SSD-1B", "Flux.1", "Wan 14B", "SD3.5 Large", "HunyuanVideo", "Anima")
+ROUNDS = 40
+
+# Reads {cases: [{layout, text, edits: [[id, number]]}]}; answers what was read, and the text after the edits, or the error.
+DRIVER = """
+import { read, Unshown } from "./block_text.mjs";
+import { readFileSync } from "node:fs";
+const { layouts, cases } = JSON.parse(readFileSync(0, "utf8"));
+const answers = cases.map(({ layout, text, edits }) => {
+  try {
+    const weights = read(text, layouts[layout]);
+    const values = Object.fromEntries(layouts[layout].ids.map((id) => [id, weights.at(id)]));
+    for (const [id, value] of edits) weights.set(id, value);
+    return { values, text: weights.text() };
+  } catch (error) {
+    if (!(error instanceof Unshown)) throw error;
+    return { error: error.message };
+  }
+});
+console.log(JSON.stringify(answers));
+"""
+
+
+@pytest.fixture(scope="module")
+def panel(tmp_path_factory, pack_module):
+    """Function: cases -> the answers of the panel's own script."""
+    folder, layouts = tmp_path_factory.mktemp("panel"), pack_module("nodes.block_tables").tables()["layouts"]
+    shutil.copy(ROOT / "web" / "js" / "block_text.js", folder / "block_text.mjs")
+    (folder / "driver.mjs").write_text(DRIVER, encoding="utf-8")
+
+    def answer(cases: list[dict]) -> list[dict]:
+        done = subprocess.run([NODE_JS, folder / "driver.mjs"], input=json.dumps({"layouts": layouts, "cases": cases}), capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return answer
+
+
+@pytest.fixture
+def parse(pack_module):
+    syntax, blocks = pack_module("trilora_ops.block_syntax"), pack_module("trilora_ops.blocks").Blocks
+    return lambda text, family: syntax.parse(text, blocks.layout(family), "native")
+
+
+def places(pack_module, family: str, kinds: bool) -> list:
+    """Every block of a family as a place without kinds; with `kinds`, one more for each kind that the family has."""
+    module = pack_module("trilora_ops.blocks")
+    blocks = module.Blocks.layout(family)
+    sets = [frozenset(), *([frozenset({kind}) for kind in sorted(blocks.kinds)] if kinds else [])]
+    return [module.Place(block, group, words, f"{block}.attn2.to_k") for group, members in blocks.groups.items() for block in members for words in sets]
+
+
+def random_text(chance: random.Random, blocks) -> str:
+    """Rules of every form, in the spellings that the syntax allows."""
+    def selector() -> str:
+        group, members = chance.choice(list(blocks.groups.items()))
+        first, last = chance.choice(members), chance.choice(members)
+        word = chance.choice([group, first, f"{first}-{last}", "TE", first.replace("0", "", 1) if first[-2:].isdigit() and first[-2:] != "00" else first])
+        kind = chance.choice(["", "", "", "." + chance.choice(sorted(blocks.kinds))])
+        spelled = chance.choice([word, word.lower()]) + kind
+        return chance.choice([spelled] * 8 + [f".{chance.choice(sorted(blocks.kinds))}", r"/attn2\.to_[k,v]/"])
+
+    rules = [f"{selector()}{chance.choice(['=', ' = '])}{chance.choice(['0', '.5', '1.', '-0.3', '1e-1', '+2', '0.12345678'])}" for _ in range(chance.randint(1, 9))]
+    return chance.choice([", ", "\n", ","]).join([*rules, *chance.choice([[], [f"default={chance.choice(['0', '0.5'])}"]])])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_sliders_show_what_the_parser_reads_and_edits_change_nothing_else(family, panel, parse, pack_module):
+    blocks, chance = pack_module("trilora_ops.blocks").Blocks.layout(family), random.Random(family)
+    cases = []
+    for _ in range(ROUNDS):
+        edits = [[chance.choice(blocks.ids), chance.choice([0, 0.5, 1, -0.25])] for _ in range(chance.randint(0, 4))]
+        cases.append({"layout": family, "text": random_text(chance, blocks), "edits": edits})
+    for case, answer in zip(cases, panel(cases), strict=True):
+        weights, edited = parse(case["text"], family), {id for id, _ in case["edits"]}
+        assert "error" not in answer, f"{case['text']}: {answer}"
+        again, last = parse(answer["text"], family), dict(case["edits"])
+        for place in places(pack_module, family, kinds=True):
+            if not place.kinds and not any(selector.pattern for selector, _ in weights.rules):
+                assert answer["values"][place.block] == weights.at(place), f"{case['text']}: {place.block}"
+                assert again.at(place) == last.get(place.block, weights.at(place)), f"{case['text']} -> {answer['text']}: {place.block}"
+            if place.block not in edited:
+                assert again.at(place) == weights.at(place), f"{case['text']} -> {answer['text']}: {place}"
+
+
+def test_lists_by_position_and_what_is_not_shown(panel, parse):
+    texts = ["1,0,0,0.5,1,1,1,0.25,0,0,0,0,-0.5,0,0,0,2", "LABEL: " + ",".join(["0.5"] * 26), "1,R,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0", "%default=1, in1-3=0.5", '{"unet": 0.5}',
+             "D07=0.5", "IN04.wrong=1", "IN04=R", "1,1,1"]
+    answers = panel([{"layout": "SD1.5", "text": text, "edits": []} for text in texts])
+    assert answers[0]["values"] | {"TE1.03": 1, "IN04": 0.5, "MID0": 0.25, "MID2": 0.25, "OUT07": -0.5, "OUT11": 2, "IN00": 0} == answers[0]["values"]
+    assert answers[1]["text"] == "default=0.5"
+    assert all("error" in answer for answer in answers[2:]) and "lists of 17, 25, 26, 27" in answers[8]["error"]
+    flux = [{"layout": "Flux.1", "text": ",".join(map(str, [1] * 19 + [0] * 38)), "edits": []}]
+    (answer,) = panel(flux)
+    assert answer["values"]["D18"] == 1 and answer["values"]["S00"] == 0 == parse(answer["text"], "Flux.1").default - 1

@@ -1,0 +1,129 @@
+"""A number for every place of a model, as one line of text: `default=1, IN04-IN08=0.5, OUT.cross=0, TE1=0.8`.
+
+    text     = item {("," | newline) item}          item = selector "=" number
+    selector = "default" | block | group | block "-" block | (one of these or nothing) {"." kind} | "/" regex "/"
+
+The last rule that matches a place wins; `default` may stand anywhere and covers what no rule matches, text encoders
+too. Strengths are written this way, and ranks, alphas or learning rates can be. What other programs write is read by
+`block_dialects` and comes out in this form; only this form travels between nodes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from .block_presets import BUILT_IN
+from .block_selectors import Selector, Selectors
+from .blocks import Blocks, Place
+from .errors import TriLoRAError
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """default: where no rule matches; rules: (selector, number) in the order of the text."""
+
+    default: float
+    rules: tuple[tuple[Selector, float], ...] = ()
+
+    def at(self, place: Place) -> float:
+        """The number of the last rule that matches."""
+        candidates = self._by_block.get(place.block)
+        if candidates is None:
+            candidates = self._by_block[place.block] = self._candidates(place)
+        for selector, value in candidates:
+            if selector.matches(place):
+                return value
+        return self.default
+
+    def text(self) -> str:
+        """The canonical text: `parse` of it is equal to self."""
+        return ", ".join([f"default={written(self.default)}", *(f"{selector.text}={written(value)}" for selector, value in self.rules)])
+
+    @cached_property
+    def _by_block(self) -> dict[str, tuple[tuple[Selector, float], ...]]:
+        return {}
+
+    def _candidates(self, place: Place) -> tuple[tuple[Selector, float], ...]:
+        # the rules that can match within the block, last first, as far as one that matches all of it
+        found = []
+        for selector, value in reversed(self.rules):
+            if selector.covers(place):
+                found.append((selector, value))
+                if selector.is_whole:
+                    break
+        return tuple(found)
+
+
+def parse(text: str, blocks: Blocks, dialect: str = "auto", *, a: float = 1.0, b: float = 1.0, seed: int | None = None,
+          presets: Mapping[str, str] = BUILT_IN) -> BlockWeights:
+    """The numbers that `text` gives the places of a model; "" gives 1 everywhere.
+
+    dialect: one of `block_dialects.DIALECTS`; "auto" takes every reading that the text has for these blocks and refuses
+    where two of them differ. a, b: what the placeholders A and B (and webui's X, which is A) stand for; seed: of the
+    random tokens R and U; presets: name -> text. Raises TriLoRAError for a text that has no reading, or two.
+    """
+    from .block_dialects import read  # the dialects build on this module
+
+    return read(text, blocks, dialect, a=a, b=b, seed=seed, presets=presets)
+
+
+def expand(text: str, blocks: Blocks, dialect: str = "auto", *, a: float = 1.0, b: float = 1.0, seed: int | None = None,
+           presets: Mapping[str, str] = BUILT_IN) -> list[BlockWeights]:
+    """`parse`, with one result for each line of a test where the text is one (`@NAME:17`, see `block_preset_files.lines_of_test`)."""
+    text = text.strip()
+    if not text.startswith("@"):
+        return [parse(text, blocks, dialect, a=a, b=b, seed=seed, presets=presets)]
+    from .block_preset_files import lines_of_test
+
+    lines = lines_of_test(f"{text}:{presets[text]}" if text in presets else text)
+    return [parse(line, blocks, "inspire", a=a, b=b, seed=seed, presets=presets) for _, line in lines]
+
+
+def read_native(text: str, blocks: Blocks) -> BlockWeights:
+    """The canonical form. Raises TriLoRAError for an item without a number and a selector that names no block."""
+    default, rules, selectors = 1.0, [], Selectors(blocks)
+    for name, value in items(text):
+        if name.lower() == "default":
+            default = value
+        else:
+            rules.append((selectors.read(name), value))
+    return BlockWeights(default, tuple(rules))
+
+
+def weights(default: float, values: Iterable[tuple[str, float]], blocks: Blocks) -> BlockWeights:
+    """The same from (selector, number) pairs, as the readers of other dialects make them."""
+    selectors = Selectors(blocks)
+    return BlockWeights(default, tuple((selectors.read(name), value) for name, value in values))
+
+
+def items(text: str) -> list[tuple[str, float]]:
+    """`name=number` items, separated by commas or newlines; a /pattern/ may hold both and "="."""
+    found = []
+    for item in re.findall(r"\s*(/(?:\\.|[^\\/\n])*/[^,\n]*|[^,\n]+)", text):
+        cut = item.rpartition("=") if item.startswith("/") else item.partition("=")
+        name, equals, value = (word.strip() for word in cut)
+        if not name and not value:
+            continue
+        if not equals or not name:
+            raise TriLoRAError(f"block weights: {item.strip()!r} is not selector=number; write for example IN04-IN08=0.5")
+        found.append((name, number(value, item.strip())))
+    return found
+
+
+def number(text: str, item: str) -> float:
+    """A finite decimal number: 1, .5, 1., +1, -0.5, 1e-1."""
+    if not re.fullmatch(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", text):
+        raise TriLoRAError(f"block weights: {text!r} in {item!r} is not a number; write one like 0.5, -1 or 1e-1")
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise TriLoRAError(f"block weights: {text!r} in {item!r} is too large")
+    return value
+
+
+def written(value: float) -> str:
+    """The shortest text that is read as this very number: 1, 0.5, -0.3."""
+    short = f"{value + 0.0:g}"  # + 0.0: no "-0"
+    return short if float(short) == value else repr(value)

@@ -1,0 +1,187 @@
+"""The block registry: one address for every weight of a model and of its text encoders.
+
+Read from the host's target keys alone (`diffusion_model.input_blocks.4.1.proj_in.weight` lies in IN04), never from the
+spelling or the order in a file. Two axes: the block, and what the layer does in it (words of KINDS).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from itertools import accumulate
+
+from .block_families import BESIDE, ENCODERS, FAMILIES, GENERIC, KINDS, TEXT_ENCODER, Family
+from .block_layouts import LAYOUTS
+from .errors import TriLoRAError
+
+__all__ = ["KINDS", "LAYOUTS", "Blocks", "Place"]
+DENOISER = "diffusion_model."
+BASE = "BASE"  # what no table and no numbered list holds
+EMB, VISION = "EMB", "VIS"
+TEXT_GROUPS = ("TE1", "TE2", "T5", "LLM", "LLM2")  # in the order in which a CLIP lists them
+_NORM = r"(?i:norm[^.]*|\.ln_[^.]*|_ln)(?:\.(?:scale|gamma|beta))?$"  # the layer itself is one
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a weight is.
+
+    block: "IN04", "MID1", "D07", "TE1.05", "EMB", generic "layers.03"; group: "IN", "MID", "D", "TE1", "EMB", "layers".
+    kinds: words of KINDS; name: the target key without its last ".weight" or ".bias".
+    """
+
+    block: str
+    group: str
+    kinds: frozenset[str]
+    name: str
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of one model and of its text encoders, in the order in which they run, text encoders first.
+
+    family: of FAMILIES or "generic"; ids: every block there is; groups: "IN" -> ("IN00", ...); kinds: the words there are.
+    """
+
+    family: str
+    ids: tuple[str, ...]
+    groups: dict[str, tuple[str, ...]]
+    kinds: frozenset[str]
+    _table: Family = field(repr=False, default=GENERIC)
+    _encoders: dict[str, str] = field(repr=False, default_factory=dict)
+
+    @classmethod
+    def of(cls, keys: Iterable[str]) -> "Blocks":
+        """From the keys of a MODEL (`diffusion_model. ...`) and, where there is one, of a CLIP, in any order."""
+        keys = [key for key in keys if key.partition(".")[0] not in BESIDE]
+        table = _family_of(keys)
+        empty = cls(table.name, (), {}, frozenset(), table, _encoder_groups(key for key in keys if not key.startswith(DENOISER)))
+        return empty._with([empty.place(key) for key in keys])
+
+    @classmethod
+    def layout(cls, name: str) -> "Blocks":
+        """Of a known model, without its keys. Raises TriLoRAError for a name that is not in LAYOUTS."""
+        if name not in LAYOUTS:
+            raise TriLoRAError(f"layout={name!r}: choose one of {', '.join(LAYOUTS)}")
+        layout = LAYOUTS[name]
+        table = next(family for family in FAMILIES if family.name == layout.family)
+        places = []
+        for group, count in layout.encoders.items():
+            words = _words(TEXT_ENCODER) | ({"img"} if layout.vision else set())
+            outside = [EMB, VISION] if layout.vision and group == "LLM" else [EMB]
+            places += [Place(f"{group}.{part}", group, words, "") for part in [*(f"{n:02d}" for n in range(count)), *outside]]
+        for ids in table.places:
+            group, digits = ids.rstrip("#"), ids.count("#")
+            numbers = [f"{n:0{digits}d}" if digits else "" for n in range(layout.blocks.get(group, 0))]
+            places += [Place(group + number, group, _words(table), "") for number in numbers]
+        return cls(table.name, (), {}, frozenset(), table)._with(places)
+
+    def place(self, target) -> Place:
+        """Where a weight is. target: the host's key, or a tuple (key, (axis, start, length)[, function]).
+
+        Of a fused weight, whose rows are q, k, v of one length and then the feed-forward's, a slice has the kind of its
+        rows; the whole has the kind "fused" and no other, so that neither `attn` nor `mlp` reaches half of it.
+        """
+        key, rows = (target, None) if isinstance(target, str) else target[:2]
+        name = key.removesuffix(".weight").removesuffix(".bias")
+        if not key.startswith(DENOISER):
+            return self._beside(key, name)
+        group, number, path = _locate(key.removeprefix(DENOISER), self._table)
+        kinds = _kinds(_layer(path), self._table)
+        if group in (EMB, BASE) or (group == "IN" and not number):
+            kinds |= {"emb"}
+        if rows is not None and path.rpartition(".")[0].endswith("linear1") and "fused" in kinds:
+            _, start, length = rows
+            kinds = kinds - {"fused"} | {"attn" if start % length == 0 else "mlp"}
+        return Place(group + number, group, kinds, name)
+
+    def _beside(self, key: str, name: str) -> Place:
+        """Of a key outside the denoiser."""
+        part, _, path = key.partition(".")
+        if part in BESIDE:
+            return Place(BASE, BASE, frozenset(), name)
+        group = self._encoders.get(part) or _encoder_group(part)
+        ids, number, path = _locate(path, TEXT_ENCODER)
+        kinds = _kinds(_layer(path), TEXT_ENCODER)
+        if ids == VISION:
+            kinds |= {"img"}
+        return Place(f"{group}.{number or (VISION if ids == VISION else EMB)}", group, kinds, name)
+
+    def _with(self, places: Iterable[Place]) -> "Blocks":
+        found: dict[str, set[str]] = {}
+        kinds: frozenset[str] = frozenset()
+        for place in places:
+            found.setdefault(place.group, set()).add(place.block)
+            kinds |= place.kinds
+        if "fused" in kinds:
+            kinds |= {"attn", "mlp"}  # its slices
+        order = [*TEXT_GROUPS, *(ids.rstrip("#") for ids in self._table.places), BASE]
+        first = sorted(found, key=lambda group: (order.index(group) if group in order else len(order), group))
+        groups = {group: tuple(sorted(found[group], key=numbers_first)) for group in first}
+        return Blocks(self.family, tuple(block for ids in groups.values() for block in ids), groups, kinds, self._table, self._encoders)
+
+
+def _family_of(keys: Iterable[str]) -> Family:
+    beginnings: set[str] = set()
+    for key in keys:
+        if key.startswith(DENOISER):
+            path = re.sub(r"\.\d+(?=\.)", ".#", key.removeprefix(DENOISER))
+            beginnings.update(accumulate(path.split("."), "{}.{}".format))
+    return next((family for family in FAMILIES if family.has(beginnings)), GENERIC)
+
+
+def _encoder_groups(keys: Iterable[str]) -> dict[str, str]:
+    """A text encoder's name in the CLIP -> its group; a second one of a group has a number, in the names' order."""
+    groups: dict[str, str] = {}
+    for part in sorted({key.partition(".")[0] for key in keys if _locate(key.partition(".")[2], TEXT_ENCODER)[1]}):
+        group = _encoder_group(part)
+        groups[part] = f"{group}{count + 1}" if (count := sum(g.startswith(group) for g in groups.values())) else group
+    return groups
+
+
+def _encoder_group(part: str) -> str:
+    return next(group for mark, group in ENCODERS if mark in part)
+
+
+@cache
+def _patterns(table: Family) -> list[tuple[re.Pattern, str, int]]:
+    """(pattern of the beginning of a path, group, digits of its number), the longest path first."""
+    paths = [(path, ids) for ids, paths in table.places.items() for path in paths.split()]
+    return [(re.compile(re.escape(path).replace(r"\#", r"(\d+)") + r"(?:\.|$)"), ids.rstrip("#"), ids.count("#"))
+            for path, ids in sorted(paths, key=lambda place: -len(place[0]))]
+
+
+def _locate(path: str, table: Family) -> tuple[str, str, str]:
+    """(group, number in it, the path with # for that number) of a weight."""
+    for pattern, group, digits in _patterns(table):
+        if match := pattern.match(path):
+            return (group, match[1].zfill(digits), f"{path[:match.start(1)]}#{path[match.end(1):]}") if digits else (group, "", path)
+    # the first numbered list of modules in it; a number right before the weight's own name counts a layer, no block
+    if table is not TEXT_ENCODER and (match := re.match(r"(.+?)\.(\d+)\.(?!(?:weight|bias)$)", path)):
+        return match[1], f".{int(match[2]):02d}", f"{match[1]}.#{path[match.end(2):]}"
+    return BASE, "", path
+
+
+def _layer(path: str) -> str:
+    return path.removesuffix(".weight").removesuffix(".bias")
+
+
+@lru_cache(maxsize=4096)
+def _kinds(layer: str, table: Family) -> frozenset[str]:
+    """Words of KINDS for a layer's path with # for its block's number."""
+    fitting = [part for part in table.kinds if f".{part}." in f".{layer}.$."]
+    largest = [part for part in fitting if not any(part != other and f".{part}." in f".{other}." for other in fitting)]
+    words = {word for part in largest for word in table.kinds[part].split()}
+    return frozenset(words | {"norm"} if re.search(_NORM, layer) else words)
+
+
+def _words(table: Family) -> frozenset[str]:
+    """Every word that a family's layers may have."""
+    return frozenset(word for words in table.kinds.values() for word in words.split()) | {"norm", "emb"}
+
+
+def numbers_first(text: str) -> list[tuple]:
+    """Sorts text with its numbers as numbers, and numbers before words."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text)]

@@ -1,0 +1,178 @@
+// Block weights as text and as numbers: what a text says of every block of a layout, and the text that says it again.
+//
+// A layout comes from Python in the options of the input `weights`:
+//   name     as in the menu of families
+//   ids      every block id in the order of the model, text encoders first
+//   groups   group name -> its ids
+//   text     the groups that are text encoders; the word TE means all of them
+//   kinds    the words that may follow a block, as in OUT.cross
+//   vectors  [{dialect, rest, slots: [[id, ...], ...]}]: lists of numbers by position; blocks in no slot get `rest`
+// Only whole blocks become numbers. Rules for a part of a block keep their wording and their place among the others.
+
+const NUMBER = /^[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$/i;
+
+/** A text that the sliders cannot show; the message says why. */
+export class Unshown extends Error {}
+
+/** A strength as a slider shows it: at most four decimals, no trailing zeros. */
+export const format = (value) => String(Math.round(value * 1e4) / 1e4 || 0);
+/** A strength as the text holds it: the shortest that is read as this very number. */
+const exact = (value) => String(value || 0);
+
+export class Weights {
+  constructor(layout, base = 1) {
+    this.layout = layout;
+    this.base = base; // what blocks have that no rule names
+    this.own = new Map(); // id -> {value, after}: `after` is how many other rules must stand before this one
+    this.others = []; // [{text, ids, anywhere}]: rules for parts of blocks, in order
+  }
+
+  at(id) {
+    return this.own.get(id)?.value ?? this.base;
+  }
+
+  /** Other rules that change a part of a block: those behind its own rule. */
+  touching(id) {
+    return this.others.slice(this.own.get(id)?.after ?? 0).filter((rule) => rule.ids.includes(id));
+  }
+
+  /** A block keeps its place among the other rules, so that what stands behind it stays in force. */
+  set(id, value) {
+    const after = this.own.get(id)?.after ?? 0;
+    if (value === this.base && after === 0) this.own.delete(id);
+    else this.own.set(id, { value, after });
+  }
+
+  setBase(value) {
+    this.base = value;
+    for (const [id, rule] of this.own) if (rule.after === 0 && rule.value === value) this.own.delete(id);
+  }
+
+  /** Give every block one strength; rules for parts of blocks stay. */
+  setAll(value) {
+    this.base = value;
+    for (const id of this.own.keys()) this.set(id, value);
+  }
+
+  drop(rule) {
+    const place = this.others.indexOf(rule);
+    this.others.splice(place, 1);
+    for (const mine of this.own.values()) if (mine.after > place) mine.after -= 1;
+    this.setBase(this.base);
+  }
+
+  text() {
+    const items = [`default=${exact(this.base)}`];
+    for (let place = 0; place <= this.others.length; place++) {
+      for (const [name, ids] of Object.entries(this.layout.groups)) items.push(...this.#runs(name, ids, place));
+      if (place < this.others.length) items.push(this.others[place].text);
+    }
+    return items.join(", ");
+  }
+
+  /** The rules of one group that stand behind `place` other rules: the group's name, or ranges of equal strength. */
+  #runs(name, ids, place) {
+    const value = (id) => (this.own.get(id)?.after === place ? this.own.get(id).value : undefined);
+    if (ids.every((id) => value(id) === value(ids[0]))) return value(ids[0]) === undefined ? [] : [`${name}=${exact(value(ids[0]))}`];
+    const found = [];
+    for (let first = 0, last; first < ids.length; first = last + 1) {
+      last = first;
+      while (last + 1 < ids.length && value(ids[last + 1]) === value(ids[first])) last += 1;
+      if (value(ids[first]) === undefined) continue;
+      found.push(`${ids[first]}${last > first ? `-${ids[last]}` : ""}=${exact(value(ids[first]))}`);
+    }
+    return found;
+  }
+}
+
+/**
+ * What a text says of a layout's blocks.
+ * @throws Unshown where it is in a notation, or names something, that has to be read in Python.
+ */
+export function read(text, layout, dialect = "auto", presets = {}) {
+  const preset = presets[text.trim()];
+  if (preset !== undefined) return read(preset, layout, vector(preset) ? dialect : "auto");
+  const numbers = vector(text.trim());
+  if (numbers) return fromVector(numbers, layout, dialect);
+  if (dialect !== "auto" && dialect !== "native" && text.trim()) throw new Unshown(`read as ${dialect} when the node runs`);
+  const weights = new Weights(layout);
+  for (const item of items(text)) {
+    const at = item.lastIndexOf("=");
+    const [selector, value] = [item.slice(0, at).trim(), item.slice(at + 1).trim()];
+    if (at < 1 || !selector || !NUMBER.test(value)) throw new Unshown(`“${short(text.includes("=") ? item : text)}” is read when the node runs`);
+    if (selector.toLowerCase() === "default") weights.base = Number(value);
+    else add(weights, selector, Number(value), item);
+  }
+  weights.setBase(weights.base);
+  return weights;
+}
+
+/** Whether a list by position, with random words and placeholders too, has a length that this layout knows. */
+export function fits(text, layout) {
+  const list = text.replace(/^LBW\s*=|;.*$|^[^:=,]*:/gi, "");
+  return !list.includes("=") && layout.vectors.some((reading) => reading.slots.length === list.split(",").length);
+}
+
+function add(weights, selector, value, item) {
+  const [ids, kinds] = selector.startsWith("/") ? [[], [selector]] : parts(selector, weights.layout);
+  const anywhere = selector.startsWith("/") || selector.startsWith(".");
+  if (kinds.length) weights.others.push({ text: item, ids, anywhere });
+  else for (const id of ids) weights.own.set(id, { value, after: 1 + weights.others.findLastIndex((rule) => rule.anywhere || rule.ids.includes(id)) });
+}
+
+/** OUT.cross.mlp -> [ids of OUT, ["cross", "mlp"]]: the longest beginning that names blocks, then kinds; kinds alone mean all blocks. */
+function parts(selector, layout) {
+  const words = selector.split(".").map((word) => word.trim());
+  for (let count = words.length; count > 0; count--) {
+    const ids = count === 1 && words[0] === "" ? layout.ids : blocks(words.slice(0, count).join("."), layout);
+    const kinds = words.slice(count);
+    if (ids && kinds.every((kind) => layout.kinds.includes(kind.toLowerCase()))) return [ids, kinds];
+  }
+  throw new Unshown(`“${short(selector)}” names no part of ${layout.name}; another notation is read when the node runs`);
+}
+
+/** The ids of a block, a group, TE or a range, in either direction; null for anything else. Leading zeros do not matter. */
+function blocks(name, layout) {
+  const word = plain(name);
+  const group = Object.keys(layout.groups).find((known) => plain(known) === word);
+  if (word === "te") return layout.text.flatMap((encoder) => layout.groups[encoder]);
+  if (group) return layout.groups[group];
+  const place = (wanted) => layout.ids.findIndex((id) => plain(id) === plain(wanted));
+  if (place(word) >= 0) return [layout.ids[place(word)]];
+  const [from, to] = word.split("-");
+  if (to === undefined) return null;
+  const ends = [place(from), place(/^\d+$/.test(to.trim()) ? from.trim().replace(/\d+$/, to.trim()) : to)];
+  return Math.min(...ends) < 0 ? null : layout.ids.slice(Math.min(...ends), Math.max(...ends) + 1);
+}
+
+const plain = (word) => word.trim().toLowerCase().replace(/(?<!\d)0+(?=\d)/g, "");
+
+/** The items of a text; a comma inside /…/ belongs to the pattern. */
+function items(text) {
+  return [...text.matchAll(/\s*(\/(?:\\.|[^\\/\n])*\/[^,\n]*|[^,\n]+)/g)].map((match) => match[1].trim()).filter(Boolean);
+}
+
+/** The numbers of a list by position, with or without a label; null for anything else. */
+function vector(text) {
+  const words = text.replace(/^[^:=,]*:/, "").trim().replace(/\s*,$/, "").split(/\s*[,\n]\s*/);
+  return words.length > 1 && words.every((word) => NUMBER.test(word)) ? words.map(Number) : null;
+}
+
+function fromVector(numbers, layout, dialect) {
+  const readings = layout.vectors.filter((reading) => reading.slots.length === numbers.length && (dialect === "auto" || reading.dialect === dialect));
+  const found = new Map(readings.map((reading) => [place(numbers, reading, layout).text(), reading]));
+  if (found.size === 1) return place(numbers, [...found.values()][0], layout);
+  const lengths = [...new Set(layout.vectors.map((reading) => reading.slots.length))].sort((a, b) => a - b);
+  if (!found.size) throw new Unshown(`${numbers.length} numbers; this model has lists of ${lengths.join(", ")}`);
+  throw new Unshown(`${numbers.length} numbers mean different things: choose the dialect ${[...found.values()].map((reading) => reading.dialect).join(" or ")}`);
+}
+
+function place(numbers, reading, layout) {
+  const weights = new Weights(layout, reading.rest);
+  reading.slots.forEach((ids, slot) => ids.forEach((id) => weights.set(id, numbers[slot])));
+  const first = weights.at(layout.ids[0]);
+  if (layout.ids.every((id) => weights.at(id) === first)) weights.setAll(first);
+  return weights;
+}
+
+const short = (text) => (text.length > 40 ? `${text.slice(0, 39)}…` : text);
