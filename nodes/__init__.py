@@ -1,4 +1,7 @@
-"""The nodes: the only rooms that import the host."""
+"""The nodes: the only rooms that import the host.
+
+A node's file is its face: what it needs only when it runs is imported then, since the host's start waits for all faces.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from .image_dataset import ImageDatasetNode
 from .inspect import InspectAdapter
 from .load import TriLoRALoader
 from .methods import LoraMethodNode, TransformMethodNode, TriLoraMethodNode
+from .picture_grid import PictureGridNode
 from .save import SaveAdapter
 from .stack import AdapterStack, ApplyStack
 from .tools import LoadAdapter, MergeAdapters, ResizeAdapter
@@ -25,7 +29,7 @@ from .train import TrainAdapter, TrainingSettingsNode
 
 NODES: list[type[io.ComfyNode]] = [
     TriLoRALoader, AdapterStack, ApplyStack, AdapterHookNode, BlockWeightsNode, BlockPlanNode, PlanFromAdapter, TrainingDatasetNode, ImageDatasetNode, TriLoraMethodNode, LoraMethodNode, TransformMethodNode, TrainingSettingsNode, TrainAdapter, SaveAdapter,
-    LoadAdapter, MergeAdapters, ResizeAdapter, BakeAdapter, ExtractAdapter, InspectAdapter,
+    LoadAdapter, MergeAdapters, ResizeAdapter, BakeAdapter, ExtractAdapter, InspectAdapter, PictureGridNode,
 ]
 
 

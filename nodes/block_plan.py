@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io
 
 from . import compat
-from .block_strengths import presets_in
 from .types import LoraModel, Method, Plan
 
 if TYPE_CHECKING:  # imported when a node runs
@@ -46,6 +45,8 @@ class BlockPlanNode(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, rank="", alpha="", learning_rate="", **others):
         """Run again when a preset that a text names has changed."""
+        from .block_strengths import presets_in
+
         return [(text, presets_in(text)) for text in (rank, alpha, learning_rate)]
 
     @classmethod

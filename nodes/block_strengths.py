@@ -6,10 +6,13 @@ makes there, whatever its kind, and -1 its opposite, since every patch of `Place
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 from ..trilora_ops.errors import TriLoRAError
 from .comfy_stack import stack_patches
+
+log = logging.getLogger("trilora")
 
 
 def weigh(text: str, patches: Mapping, places, name: str) -> Mapping:
@@ -21,8 +24,18 @@ def weigh(text: str, patches: Mapping, places, name: str) -> Mapping:
     if not text.strip():
         return patches
     # not one add_patches for each ratio: the host lists all weights of the model at each call
-    groups = by_strength(patches, block_strengths(text, places.blocks, name), places.blocks)
+    weights = block_strengths(text, places.blocks, name)
+    _warn_of_kinds_not_there(name, weights, [places.blocks.place(target) for target in patches])
+    groups = by_strength(patches, weights, places.blocks)
     return stack_patches((group, ratio) for ratio, group in groups)
+
+
+def _warn_of_kinds_not_there(name: str, weights, places) -> None:
+    """A kind of layer that the file does not have where the text speaks of it: its blocks are there, so it looks as if it worked."""
+    missed = [selector.text for selector, _ in weights.rules
+              if not selector.is_whole and any(map(selector.covers, places)) and not any(map(selector.matches, places))]
+    if missed:
+        log.warning("block_weights for %s: it has no layers of these kinds: %s; a layer that is several kinds at once is only of the kind fused", name, ", ".join(missed))
 
 
 def block_strengths(text: str, blocks, name: str = ""):

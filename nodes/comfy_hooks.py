@@ -172,7 +172,8 @@ class HookedAdapter:
         if self._of_clip and not tensors:
             return {}
         places = Places.of(patcher, None)
-        return self._sorted(tensors, places, block_strengths(self.block_weights, places.blocks, self.name), strict=True)
+        patches = self._patches(tensors, places)
+        return self._sorted(patches, places.blocks, block_strengths(self.block_weights, places.blocks, self.name), strict=True)
 
     def _on_clip(self, patcher) -> dict:
         names = comfy.lora.model_lora_keys_clip(patcher.model, {})
@@ -182,17 +183,23 @@ class HookedAdapter:
         self._of_clip = set(tensors)
         shapes = {key: tensor.shape for key, tensor in patcher.model.named_parameters(remove_duplicate=False)}
         places = Places(names, shapes, has_clip=True)
-        return self._sorted(tensors, places, _text_encoder_strengths(self.block_weights, places.blocks, shapes, self.name), strict=False)
+        patches = self._patches(tensors, places)
+        return self._sorted(patches, places.blocks, _text_encoder_strengths(self.block_weights, places.blocks, shapes, self.name), strict=False)
 
-    def _sorted(self, tensors, places: Places, weights: BlockWeights, strict: bool) -> dict:
+    def _patches(self, tensors, places: Places) -> dict:
+        patches = places.patches(AdapterState(tensors, self.state.metadata), self.name, self.keep)
+        for target, patch in patches.items():
+            _check_same_shape(self.name, target, patch, places.shapes)
+        return patches
+
+    def _sorted(self, patches, blocks: Blocks, weights: BlockWeights, strict: bool) -> dict:
         try:
-            schedule = self.schedule.on(places.blocks, strict)
+            schedule = self.schedule.on(blocks, strict)
         except TriLoRAError as error:
             raise TriLoRAError(f"{self.name}: {error}; nothing was applied") from None
         groups: dict = {}
-        for target, patch in places.patches(AdapterState(tensors, self.state.metadata), self.name, self.keep).items():
-            _check_same_shape(self.name, target, patch, places.shapes)
-            place = places.blocks.place(target)
+        for target, patch in patches.items():
+            place = blocks.place(target)
             ratio, curve = weights.at(place), schedule.at(place)
             if curve.is_constant:
                 ratio, curve = ratio * curve.at(0), None

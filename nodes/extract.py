@@ -42,7 +42,7 @@ class ExtractAdapter(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_tuned, model_base, method, target, energy) -> io.NodeOutput:
-        from .extraction import extract  # here: what only a tool needs must not slow the host's start
+        from .extraction import extract
 
         with torch.inference_mode(False), torch.no_grad():  # a fit needs tensors that autograd knows
             state, report = extract(model_tuned, model_base, method, target, energy, cls.hidden.unique_id)

@@ -6,8 +6,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from . import compat
-from .block_strengths import presets_in
-from .load import BLOCK_WEIGHTS, file_stamp, read_file
+from .load import BLOCK_WEIGHTS
 
 
 class AdapterHookNode(io.ComfyNode):
@@ -46,6 +45,9 @@ class AdapterHookNode(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, lora_name, block_weights="", **others):
         """Run again when the file itself has changed, or a preset that the block weights name."""
+        from .block_strengths import presets_in
+        from .files import file_stamp
+
         return (lora_name, file_stamp(lora_name), presets_in(block_weights))
 
     @classmethod
@@ -54,6 +56,7 @@ class AdapterHookNode(io.ComfyNode):
 
         from ..trilora_ops.block_schedule import parse
         from .comfy_hooks import HookedAdapter
+        from .files import read_file
 
         adapter = HookedAdapter(read_file(lora_name), lora_name, keep_rank, block_weights, parse(schedule))
         hooks = adapter.hooks(switches, strength_model, strength_clip)

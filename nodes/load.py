@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import folder_paths
 from comfy_api.latest import io
 
-from ..trilora_ops.checkpoint import AdapterState, read_adapter
-from ..trilora_ops.peft_config import BESIDE
 from . import compat
-from .block_strengths import presets_in, weigh
-from .comfy_patches import Places
 
 BLOCK_WEIGHTS = ("A strength for each block, as text: default=1, IN04-IN08=0.5, OUT.cross=0, TE1=0.8. It multiplies the strengths of this node; "
                  "empty = 1 everywhere. Vectors and preset names of other tools are read too. Type it, or connect Block Weights.")
@@ -52,39 +46,14 @@ class TriLoRALoader(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, lora_name, block_weights="", **others):
         """Run again when the file itself has changed, or a preset that the block weights name."""
+        from .block_strengths import presets_in
+        from .files import file_stamp
+
         return (lora_name, file_stamp(lora_name), presets_in(block_weights))
 
     @classmethod
     def execute(cls, model, lora_name, strength_model, keep_rank, clip=None, strength_clip=1.0, block_weights="") -> io.NodeOutput:
+        from .applying import apply_state
+        from .files import read_file
+
         return io.NodeOutput(*apply_state(read_file(lora_name), model, clip, lora_name, strength_model, strength_clip, keep_rank, block_weights))
-
-
-def file_stamp(lora_name: str | None) -> tuple[int, ...] | None:
-    """Times of change and sizes of a LoRA file and of PEFT's configuration beside it; None where there is no file, as for
-    a name that comes over a link."""
-    path = lora_name and folder_paths.get_full_path("loras", lora_name)
-    if not path:
-        return None
-    beside = BESIDE.get(os.path.basename(path))
-    paths = [path, *([os.path.join(os.path.dirname(path), beside)] if beside else [])]
-    return tuple(n for p in paths if os.path.exists(p) for n in (os.stat(p).st_mtime_ns, os.stat(p).st_size))
-
-
-def read_file(lora_name: str) -> AdapterState:
-    """The adapter of this name in the host's LoRA folders. Raises FileNotFoundError or what `read_adapter` raises."""
-    return read_adapter(folder_paths.get_full_path_or_raise("loras", lora_name))
-
-
-def apply_state(state: AdapterState, model, clip, name: str, strength_model: float, strength_clip: float, keep: int = 0, block_weights: str = ""):
-    """(model, clip) patched with an adapter; both are clones, clip stays None where it was.
-
-    block_weights: see `block_strengths.weigh`. Raises TriLoRAError before anything is patched if the adapter does not
-    fit, or the text cannot be read.
-    """
-    places = Places.of(model, clip)
-    patches = weigh(block_weights, places.patches(state, name, keep), places, name)
-    model, clip = model.clone(), None if clip is None else clip.clone()
-    for patcher, strength in ((model, strength_model), (clip, strength_clip)):
-        if patcher is not None and strength and patches:
-            patcher.add_patches(patches, strength)  # it takes those whose key it has
-    return model, clip

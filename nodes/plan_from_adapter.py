@@ -17,7 +17,7 @@ from .block_plan import blocks_of
 from .comfy_host import layers_of
 from .comfy_patches import Places
 from .comfy_transforms import TransformPatch, shape_of
-from .save import as_state
+from .files import as_state
 
 
 def plan_of(adapter, model) -> tuple[BlockPlan, str]:

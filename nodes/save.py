@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import os
 
 import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
-from ..trilora_ops.checkpoint import AdapterState, canonical_state, peft_state, write_adapter
 from ..trilora_ops.errors import TriLoRAError
 from ..trilora_ops.naming import STYLES
 from . import compat
-from .names import convert_names
 from .types import LoraModel
 
-log = logging.getLogger("trilora")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -44,14 +40,20 @@ class SaveAdapter(io.ComfyNode):
                                                                "without it they stay as they come."),
                 io.Clip.Input("clip", optional=True, tooltip="Needed beside MODEL for an adapter that has layers for the text encoder."),
             ],
-            outputs=[io.String.Output(display_name="lora_name", tooltip="The file's name as loaders list it.")],
+            # both: for our loaders' list of files, and as text
+            outputs=[io.Custom("STRING,COMBO").Output(display_name="lora_name",
+                                                      tooltip="The file's name as loaders list it; connect it to lora_name of TriLoRA Loader or Adapter Stack to apply it at once.")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, adapter, name, dtype, keys="kohya", model=None, clip=None) -> io.NodeOutput:
+        from .files import as_state, save_state
+
         state = as_state(adapter)
         if model is not None:
+            from .names import convert_names
+
             state = convert_names(state, model, clip, keys)
         elif keys != "kohya":
             raise TriLoRAError(f"keys={keys}: names can only be translated with the model they are for; connect MODEL, or choose kohya to keep them")
@@ -60,32 +62,3 @@ class SaveAdapter(io.ComfyNode):
         compat.show_text(text, cls.hidden.unique_id)
         listed = os.path.relpath(path, os.path.join(folder_paths.get_output_directory(), "loras"))
         return io.NodeOutput(listed, ui=ui.PreviewText(text))
-
-
-def as_state(adapter) -> AdapterState:
-    """A LORA_MODEL of any node as ours; core's has no metadata. Raises TriLoRAError for one without tensors."""
-    if not adapter:
-        raise TriLoRAError("adapter: holds no tensors; connect the output of Train Adapter")
-    # other trainers' may be parameters, or lie on the GPU
-    return AdapterState({key: tensor.detach().cpu() for key, tensor in adapter.items()}, getattr(adapter, "metadata", None))
-
-
-def save_state(state: AdapterState, name: str, dtype: torch.dtype, keys: str = "kohya") -> str:
-    """Write an adapter under the output folder's loras/; returns the path.
-
-    keys: "peft" gives the tensors PEFT's endings, every other style kohya's; the layers' names stay. Low-rank layers are
-    written in canonical form. Raises TriLoRAError for a name that leads elsewhere or values the dtype cannot hold; then
-    nothing is written.
-    """
-    root = os.path.abspath(os.path.join(folder_paths.get_output_directory(), "loras"))
-    path = os.path.abspath(os.path.join(root, name.strip()))
-    if not path.startswith(root + os.sep):  # the folder itself is not a file name either
-        raise TriLoRAError(f"name={name!r}: must be a file name, which may have subfolders inside output/loras; remove '..' and leading slashes")
-    prefix = os.path.join("loras", os.path.relpath(path, root))
-    with torch.inference_mode(False):
-        state = peft_state(state) if keys == "peft" else canonical_state(state)
-    folder, stem, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
-    title = {"modelspec.title": stem, "ss_output_name": stem} if state.metadata else {}
-    path = write_adapter(os.path.join(folder, f"{stem}_{counter:05}_.safetensors"), AdapterState(state, {**state.metadata, **title}), dtype)
-    log.info("saved %s", path)
-    return str(path)

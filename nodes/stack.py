@@ -7,10 +7,7 @@ from comfy_api.latest import io
 
 from ..trilora_ops.errors import TriLoRAError
 from . import compat
-from .block_strengths import presets_in, weigh
-from .comfy_patches import Places
-from .comfy_stack import stack_patches
-from .load import BLOCK_WEIGHTS, file_stamp, read_file
+from .load import BLOCK_WEIGHTS
 from .types import LoraStack, Stack, StackEntry
 
 
@@ -44,6 +41,9 @@ class AdapterStack(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, lora_name, block_weights="", **others):
         """Run again, and with it all that depends on it, when the file itself or a preset of the block weights has changed."""
+        from .block_strengths import presets_in
+        from .files import file_stamp
+
         return (lora_name, file_stamp(lora_name), presets_in(block_weights))
 
     @classmethod
@@ -77,6 +77,8 @@ class ApplyStack(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, stack=None, clip=None, lora_stack=None) -> io.NodeOutput:
+        from .applying import apply_stack
+
         if stack is None and lora_stack is None:
             raise TriLoRAError("stack: nothing is connected; connect an Adapter Stack, or another extension's stack to lora_stack")
         return io.NodeOutput(*apply_stack((*(stack or ()), *entries_from(lora_stack or ())), model, clip))
@@ -92,22 +94,3 @@ def entries_from(lora_stack) -> tuple[StackEntry, ...]:
         if name not in (None, "None"):
             found.append(StackEntry(name, float(strength_model), float(strength_clip)))
     return tuple(found)
-
-
-def apply_stack(entries: tuple[StackEntry, ...], model, clip):
-    """(model, clip) with all entries on them, one patch a weight; both are clones, clip stays None where it was.
-
-    Files whose strengths are 0 are not read. Raises TriLoRAError before anything is patched if a file does not fit, or its
-    block weights cannot be read.
-    """
-    places = Places.of(model, clip)
-    used = [e for e in entries if e.strength_model or (clip is not None and e.strength_clip)]
-    files = [(weigh(e.block_weights, places.patches(read_file(e.name), e.name, e.keep_rank), places, e.name), e) for e in used]
-    model = model.clone()
-    if model_patches := stack_patches((patches, e.strength_model) for patches, e in files):
-        model.add_patches(model_patches)
-    if clip is not None:
-        clip = clip.clone()
-        if clip_patches := stack_patches((patches, e.strength_clip) for patches, e in files):
-            clip.add_patches(clip_patches)
-    return model, clip

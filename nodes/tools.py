@@ -6,13 +6,8 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
-from ..trilora_ops.checkpoint import split_layers
 from ..trilora_ops.errors import TriLoRAError
-from ..trilora_ops.metadata import summary
 from . import compat
-from .load import file_stamp, read_file
-from .names import convert_names
-from .save import as_state
 from .types import LoraModel
 
 
@@ -49,10 +44,16 @@ class LoadAdapter(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, lora_name, **others):
         """Run again when the file itself has changed."""
+        from .files import file_stamp
+
         return (lora_name, file_stamp(lora_name))
 
     @classmethod
     def execute(cls, lora_name) -> io.NodeOutput:
+        from ..trilora_ops.checkpoint import split_layers
+        from ..trilora_ops.metadata import summary
+        from .files import read_file
+
         with torch.inference_mode(False):
             state = read_file(lora_name)
             layers, rest = split_layers(state)
@@ -101,8 +102,9 @@ class MergeAdapters(io.ComfyNode):
     @classmethod
     def execute(cls, adapter_a, weight_a, adapter_b, weight_b, adapter_c=None, weight_c=1.0, adapter_d=None, weight_d=1.0,
                 rank=0, energy=0.0, model=None, clip=None) -> io.NodeOutput:
-        # here, as below: what only a tool needs must not slow the host's start
         from ..trilora_ops.resize import merge_adapters
+        from .files import as_state
+        from .names import convert_names
 
         given = {"a": (adapter_a, weight_a), "b": (adapter_b, weight_b), "c": (adapter_c, weight_c), "d": (adapter_d, weight_d)}
         parts = []
@@ -152,6 +154,7 @@ class ResizeAdapter(io.ComfyNode):
     @classmethod
     def execute(cls, adapter, rank, energy, power, cap, gains="") -> io.NodeOutput:
         from ..trilora_ops.resize import resize
+        from .files import as_state
 
         try:
             factors = [float(word) for word in gains.replace(",", " ").split()]

@@ -9,7 +9,6 @@ from ..training.config import TIMESTEPS, TrainingConfig
 from ..training.schedule import SCHEDULES
 from ..trilora_ops.targets import TARGETS
 from . import compat
-from .load import apply_state
 from .types import Dataset, EncodedDataset, LoraModel, LossMap, Method, Plan, Settings
 
 
@@ -86,7 +85,8 @@ class TrainAdapter(io.ComfyNode):
     @classmethod
     def execute(cls, model, dataset: EncodedDataset, method, settings: TrainingConfig, target, plan=None,
                 regularisation: EncodedDataset | None = None) -> io.NodeOutput:
-        from .comfy_host import ComfyHost  # here and not above: the engine must not slow the host's start
+        from .applying import apply_state
+        from .comfy_host import ComfyHost
         from .training_run import picture, run
 
         # the host runs nodes in inference mode, whose tensors cannot be trained

@@ -24,7 +24,7 @@ from .block_plan import blocks_of
 from .block_presets import user_presets
 from .comfy_host import ComfyHost
 from .comfy_patches import patches_from_state
-from .save import save_state
+from .files import save_state
 from .types import EncodedDataset
 
 log = logging.getLogger("trilora")

@@ -18,7 +18,7 @@ def place(block: str, kinds: str = "", name: str = "") -> Place:
 
 def without_text_encoder(blocks: Blocks) -> Blocks:
     keep = {group: members for group, members in blocks.groups.items() if group not in TEXT_ENCODERS}
-    return Blocks(blocks.family, tuple(block for members in keep.values() for block in members), keep, blocks.kinds, blocks._table)
+    return Blocks(blocks.family, tuple(block for members in keep.values() for block in members), keep, blocks.kinds, _table=blocks._table)
 
 
 def meaning(text: str, blocks: Blocks, kinds: str = "") -> dict[str, float]:
@@ -75,6 +75,14 @@ def test_patterns_are_searched_in_the_name_and_may_hold_commas_and_equals_signs(
     assert weights.at(place("IN04", name="diffusion_model.input_blocks.4.1.attn1.to_v")) == 1.0
     assert weights.at(place("IN04", name="x/y")) == weights.at(place("IN04", name="aa=b")) == -2.0
     assert [selector.text for selector, _ in weights.rules] == [r"/attn1\.to_[qk]$/", r"/a{1,2}=b|x\/y/"]
+
+
+def test_a_pattern_that_is_in_no_name_of_the_model_is_an_error():
+    """A layout knows no names, and refuses none; a model knows them."""
+    model = Blocks.of([f"diffusion_model.double_blocks.{n}.img_attn.qkv.weight" for n in range(4)])
+    assert parse("/img_attn/=0.5", model).rules and parse("/to_q/=0.5", FLUX).rules
+    with pytest.raises(TriLoRAError, match=r"'/to_q/' is found in no weight's name, such as diffusion_model.double_blocks.0.img_attn.qkv;.*CLIP"):
+        parse("default=1, /to_q/=0.5", model)
 
 
 def test_the_last_match_wins_and_default_may_stand_anywhere():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from .blocks import KINDS, Blocks, Place
@@ -52,7 +52,7 @@ class Selectors:
     def read(self, text: str) -> Selector:
         """Raises TriLoRAError for a word that names no block, group or kind of the model, and for a bad pattern."""
         if text.startswith("/"):
-            return _pattern(text)
+            return _pattern(text, self.blocks.names)
         if "-" in text:
             return self._range(text)
         name, rest = self._longest(text)
@@ -111,14 +111,18 @@ class Selectors:
         return f"block weights: {text.strip()!r} names no block of this model{near_words}; it has {', '.join(there)}"
 
 
-def _pattern(text: str) -> Selector:
+def _pattern(text: str, names: Collection[str]) -> Selector:
+    """names: of the model's weights, empty = unknown."""
     pattern = text[1:-1]
     if len(text) < 3 or not text.endswith("/"):
         raise TriLoRAError(f"block weights: the pattern {text!r} has no end; write /pattern/=number, and \\/ for a slash in it")
     try:
-        re.compile(pattern)
+        search = re.compile(pattern).search
     except re.error as error:
         raise TriLoRAError(f"block weights: the pattern {text!r} is no regular expression ({error})") from None
+    if names and not any(map(search, names)):
+        raise TriLoRAError(f"block weights: the pattern {text!r} is found in no weight's name, such as {min(names)}; correct it, or connect CLIP if it is "
+                           "for the text encoder")
     return Selector(text, pattern=pattern)
 
 

@@ -7,7 +7,7 @@ spelling or the order in a file. Two axes: the block, and what the layer does in
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from itertools import accumulate
@@ -42,13 +42,15 @@ class Place:
 class Blocks:
     """The blocks of one model and of its text encoders, in the order in which they run, text encoders first.
 
-    family: of FAMILIES or "generic"; ids: every block there is; groups: "IN" -> ("IN00", ...); kinds: the words there are.
+    family: of FAMILIES or "generic"; ids: every block there is; groups: "IN" -> ("IN00", ...); kinds: the words there are;
+    names: of all weights, as `Place.name` has them, empty for a layout.
     """
 
     family: str
     ids: tuple[str, ...]
     groups: dict[str, tuple[str, ...]]
     kinds: frozenset[str]
+    names: frozenset[str] = field(repr=False, default=frozenset())
     _table: Family = field(repr=False, default=GENERIC)
     _encoders: dict[str, str] = field(repr=False, default_factory=dict)
 
@@ -57,7 +59,7 @@ class Blocks:
         """From the keys of a MODEL (`diffusion_model. ...`) and, where there is one, of a CLIP, in any order."""
         keys = [key for key in keys if key.partition(".")[0] not in BESIDE]
         table = _family_of(keys)
-        empty = cls(table.name, (), {}, frozenset(), table, _encoder_groups(key for key in keys if not key.startswith(DENOISER)))
+        empty = cls(table.name, (), {}, frozenset(), _table=table, _encoders=_encoder_groups(key for key in keys if not key.startswith(DENOISER)))
         return empty._with([empty.place(key) for key in keys])
 
     @classmethod
@@ -76,7 +78,7 @@ class Blocks:
             group, digits = ids.rstrip("#"), ids.count("#")
             numbers = [f"{n:0{digits}d}" if digits else "" for n in range(layout.blocks.get(group, 0))]
             places += [Place(group + number, group, _words(table), "") for number in numbers]
-        return cls(table.name, (), {}, frozenset(), table)._with(places)
+        return cls(table.name, (), {}, frozenset(), _table=table)._with(places)
 
     def place(self, target) -> Place:
         """Where a weight is. target: the host's key, or a tuple (key, (axis, start, length)[, function]).
@@ -109,7 +111,7 @@ class Blocks:
             kinds |= {"img"}
         return Place(f"{group}.{number or (VISION if ids == VISION else EMB)}", group, kinds, name)
 
-    def _with(self, places: Iterable[Place]) -> "Blocks":
+    def _with(self, places: Collection[Place]) -> "Blocks":
         found: dict[str, set[str]] = {}
         kinds: frozenset[str] = frozenset()
         for place in places:
@@ -120,7 +122,8 @@ class Blocks:
         order = [*TEXT_GROUPS, *(ids.rstrip("#") for ids in self._table.places), BASE]
         first = sorted(found, key=lambda group: (order.index(group) if group in order else len(order), group))
         groups = {group: tuple(sorted(found[group], key=numbers_first)) for group in first}
-        return Blocks(self.family, tuple(block for ids in groups.values() for block in ids), groups, kinds, self._table, self._encoders)
+        return Blocks(self.family, tuple(block for ids in groups.values() for block in ids), groups, kinds,
+                      frozenset(place.name for place in places if place.name), self._table, self._encoders)
 
 
 def _family_of(keys: Iterable[str]) -> Family:

@@ -93,6 +93,17 @@ def test_I2_double_7_and_single_7_are_two_blocks(host_nodes, saved, loader, text
     assert len(found) > 8 and found == {key: 0.5 if "double" in key else -1.0 for key in found}
 
 
+@by_each_loader
+def test_a_kind_that_the_file_does_not_have_in_these_blocks_is_said(host_nodes, saved, loader, caplog):
+    """Whole linear1 is attention and feed-forward at once: S.attn cannot reach it, and must not seem to."""
+    model = small_families.flux()
+    name = saved(flux_file(model, "single_blocks.7", "double_blocks.7"))
+    found = strengths(host_nodes, loader, model, name, "D.img=0, S.attn=0, S09=0")
+    assert {key: ratio for key, ratio in found.items() if ratio != 1} == {key: 0.0 for key in found if ".img_" in key}
+    (line,) = [record.getMessage() for record in caplog.records if "block_weights" in record.getMessage()]
+    assert "S.attn" in line and "fused" in line and "D.img" not in line and "S09" not in line
+
+
 SPLIT = {
     "flux": ("default=0.5, D03=-1, S05=1.7, D00=0", {"double_blocks.3.": -1.0, "single_blocks.5.": 1.7, "double_blocks.0.": 0.0}),
     "sd3": ("default=0.5, J01=-1, J02=0", {"joint_blocks.1.": -1.0, "joint_blocks.2.": 0.0}),

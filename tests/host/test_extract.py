@@ -66,7 +66,7 @@ def difference(tuned, base, key: str) -> torch.Tensor:
 
 def applied(pack_module, adapter, patcher):
     """The base with the adapter on it, through the host's own names and patches."""
-    return pack_module("nodes.load").apply_state(adapter, patcher, None, "the adapter", 1.0, 0.0)[0]
+    return pack_module("nodes.applying").apply_state(adapter, patcher, None, "the adapter", 1.0, 0.0)[0]
 
 
 def predict(tiny, patcher, seed=8):

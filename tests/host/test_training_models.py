@@ -143,7 +143,7 @@ def test_training_on_top_of_another_adapter(engine, pack_module):
         state, _, _, (before, _) = engine["training_run"].run(host, dataset, method, config(engine, steps=1), "attention", None)
         befores.append(before)
     assert abs(befores[0] - befores[1]) > 1e-4 * befores[0]
-    adapted, _ = pack_module("nodes.load").apply_state(state, patched, None, "adapter", 1.0, 0.0)
+    adapted, _ = pack_module("nodes.applying").apply_state(state, patched, None, "adapter", 1.0, 0.0)
     assert len(adapted.patches[key]) == 2 and len(patched.patches) == 1
 
 
