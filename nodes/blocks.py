@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..trilora_ops.block_layouts import LAYOUTS
 from ..trilora_ops.errors import TriLoRAError
 from . import compat
+from .patch_shapes import target_shapes
 
 # those of trilora_ops.block_dialects, which is not imported before a node runs
 DIALECTS = ("auto", "native", "webui", "inspire", "kohya", "realtime", "diffusers", "tabs")
@@ -68,7 +69,7 @@ class BlockWeightsNode(io.ComfyNode):
 
         blocks, hint = Blocks.layout(model_family), ""
         if model is not None:
-            known, blocks = blocks, Blocks.of(key for key, _ in model.model.named_parameters(remove_duplicate=False))
+            known, blocks = blocks, Blocks.of(target_shapes(model, None))
             hint = other_model(blocks, known, model_family)
         try:
             found = expand(weights, blocks, dialect, a=A, b=B, seed=random_seed, presets=user_presets())

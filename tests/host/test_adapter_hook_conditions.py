@@ -135,14 +135,19 @@ def test_clones_are_equal_and_lose_nothing(host_nodes, hook, files):
     assert hooks.hooks[2].strength == 0.5 and hooks.hooks[1].strength == 1
 
 
-def test_the_same_hooks_on_two_models(host_nodes, hook, files, prompts, tiny):
-    """What was found for one model does not reach another, though it has the same keys."""
-    second = tiny_models.unet_model(tiny_models.comfy.model_base.ModelType.EPS, seed=8)
-    hooks = hook(files["one"], block_weights="IN=0.5")
+def test_the_same_hooks_on_several_models(host_nodes, hook, files, prompts, tiny):
+    """What was found for one model does not reach another; and what time it is in a sampling is forgotten after it."""
+    second, flow = tiny_models.unet_model(tiny_models.comfy.model_base.ModelType.EPS, seed=8), tiny_models.flow_model()
+    hooks = hook(files["one"], block_weights="IN=0.5", schedule="OUT: 0:1, .001:.2 step")
     for model in (tiny, second, tiny):
-        found = sample(host_nodes, model, *(with_hooks(host_nodes, cond, hooks) for cond in prompts[:2]), steps=2)
-        loaded = run_node(host_nodes, "TriLoRALoader", model=model.patcher, lora_name=files["one"], block_weights="IN=0.5")[0]
-        assert distance(found, sample(host_nodes, model, *prompts[:2], steps=2, model=loaded)) <= 1e-5
+        found = sample(host_nodes, model, *(with_hooks(host_nodes, cond, hooks) for cond in prompts[:2]), steps=2, denoise=0.5)
+        loaded = run_node(host_nodes, "TriLoRALoader", model=model.patcher, lora_name=files["one"], block_weights="IN=0.5, OUT=0.2")[0]
+        assert distance(found, sample(host_nodes, model, *prompts[:2], steps=2, model=loaded, denoise=0.5)) <= 1e-5
+        assert [one.strength for one in hooks.hooks] == [1, 0.2]
+        hooks.reset()
+        assert [one.strength for one in hooks.hooks] == [1, 1]
+    with pytest.raises(ValueError, match=rf"{files['one']}: none of its .* keys fits this model"):
+        sample(host_nodes, flow, *(with_hooks(host_nodes, cond, hooks) for cond in (flow.conditioning, other_prompt(flow))))
 
 
 def test_every_kind_of_file_is_linear_in_time(host_nodes, tiny, prompts, hook, saved, pack_module):

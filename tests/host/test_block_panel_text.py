@@ -102,6 +102,28 @@ def test_lists_by_position_and_what_is_not_shown(panel, parse):
     assert answers[0]["values"] | {"TE1.03": 1, "IN04": 0.5, "MID0": 0.25, "MID2": 0.25, "OUT07": -0.5, "OUT11": 2, "IN00": 0} == answers[0]["values"]
     assert answers[1]["text"] == "default=0.5"
     assert all("error" in answer for answer in answers[2:]) and "lists of 17, 25, 26, 27" in answers[8]["error"]
+    tagged = [f"lbw={texts[0]}", f"LBW={texts[0]};", "lbw=" + ",".join(["1"] + ["0.5"] * 25), "LBW=1,R" + ",0" * 15 + ";A=1;"]
+    same, also, webui, drawn = panel([{"layout": "SD1.5", "text": text, "edits": []} for text in tagged])
+    assert same == also == answers[0] and webui["values"]["MID0"] == 0.5 and webui["values"]["TE1.00"] == 1 and "error" in drawn
     flux = [{"layout": "Flux.1", "text": ",".join(map(str, [1] * 19 + [0] * 38)), "edits": []}]
     (answer,) = panel(flux)
     assert answer["values"]["D18"] == 1 and answer["values"]["S00"] == 0 == parse(answer["text"], "Flux.1").default - 1
+
+
+def test_presets_that_are_shown_mean_what_the_parser_makes_of_them(panel, pack_module):
+    """Every preset that comes with the extension, for every family: the sliders show the parser's numbers or nothing."""
+    syntax, presets = pack_module("trilora_ops.block_syntax"), pack_module("trilora_ops.block_presets").BUILT_IN
+    blocks_of, error = pack_module("trilora_ops.blocks").Blocks.layout, pack_module("trilora_ops.errors").TriLoRAError
+    cases = [{"layout": family, "text": text, "edits": []} for family in FAMILIES for text in presets.values()]
+    shown = 0
+    for case, answer in zip(cases, panel(cases), strict=True):
+        if "error" not in answer:
+            blocks = blocks_of(case["layout"])
+            try:
+                weights = syntax.parse(case["text"], blocks)
+            except error:
+                pytest.fail(f"{case['layout']}: the panel shows {case['text']}, which the parser refuses")
+            for place in places(pack_module, case["layout"], kinds=False):
+                assert answer["values"][place.block] == weights.at(place), f"{case['layout']}: {case['text']}: {place.block}"
+            shown += 1
+    assert shown > 100

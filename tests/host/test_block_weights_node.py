@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import re
 from pathlib import Path
 
 import folder_paths
@@ -11,6 +12,7 @@ import torch
 from comfyui_trilora.benchmarks.installation import ROOT
 from comfyui_trilora.benchmarks.workflow import to_prompt
 from comfyui_trilora.tests.host.adapter_files import low_rank
+from comfyui_trilora.tests.host.server import PACK_FOLDER
 from comfyui_trilora.tests.host.tiny_run import CHECKPOINT, load_checkpoint, run_node
 from comfyui_trilora.trilora_ops.block_layouts import LAYOUTS
 from PIL import Image
@@ -167,6 +169,16 @@ def test_a_test_line_runs_what_follows_once_for_each_of_its_texts(started_host):
     assert outputs["weights"]["block_weights"] == outputs["show"]["text"] and "IN01=0.5" in outputs["show"]["text"][1]
     graph["weights"]["inputs"]["weights"] = "IN=0.5"
     assert started_host.post_prompt(graph)["outputs"]["show"]["text"] == ["default=1, IN=0.5"]
+
+
+def test_the_panels_files_are_served(started_host):
+    """Every script is listed for the page to load, and each file that a script names is there."""
+    served = [path for path in started_host.get_json("/extensions") if f"/{PACK_FOLDER}/js/" in path]
+    assert {Path(path).name for path in served} == {path.name for path in (ROOT / "web" / "js").glob("*.js")} and len(served) >= 5
+    for path in served:
+        script = started_host.get(path).decode()
+        for name in re.findall(r'"(\./[^"]+)"', script):
+            assert started_host.get(f"/extensions/{PACK_FOLDER}/js/{name[2:]}"), f"{path}: {name}"
 
 
 def test_the_panel_gets_what_its_own_saving_has_written(started_host):

@@ -18,7 +18,10 @@ export class BlockPanel {
     this.done = done;
     this.bar = element("div", { className: "bar" });
     this.note = element("div", { className: "note" });
-    this.scroll = element("div", { className: "scroll" });
+    // the newer front end lets the wheel scroll only what says so and has the focus
+    this.scroll = element("div", { className: "scroll", tabIndex: -1 });
+    this.scroll.dataset.captureWheel = "true";
+    this.scroll.addEventListener("scroll", () => (this.top = this.scroll.scrollTop));
     this.also = element("div", { className: "also" });
     this.said = element("div", { className: "said" });
     this.root = element("div", { className: "trilora-blocks" },
@@ -64,7 +67,7 @@ export class BlockPanel {
 
   /** What a person has folded and where they have scrolled to; the panel of a node that undo makes anew takes it over. */
   get view() {
-    return { name: this.layout?.name, folded: this.folded, top: this.scroll.scrollTop };
+    return { name: this.layout?.name, folded: this.folded, top: this.top ?? 0 };
   }
 
   set view({ name, folded, top }) {

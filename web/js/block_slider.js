@@ -6,6 +6,8 @@ const LOW = -1;
 const HIGH = 2;
 const STEP = 0.05;
 const FINE = 0.01;
+const MOVE = 3; // pixels that make a drag of a click
+const DOUBLE = 250; // ms
 
 export function element(tag, properties = {}, ...children) {
   const made = Object.assign(document.createElement(tag), properties);
@@ -59,25 +61,30 @@ export class Slider {
       return rounded(Math.min(Math.max(value, LOW), HIGH), event.ctrlKey || event.metaKey ? FINE : STEP);
     };
     let from = null;
+    let jump = 0;
     track.addEventListener("pointerdown", (event) => {
       if (event.button !== 0) return;
+      clearTimeout(jump);
       track.setPointerCapture(event.pointerId);
-      from = { at: under(event), moved: false };
+      from = { x: event.clientX, at: under(event), moved: false };
       this.start();
-      if (!event.shiftKey) this.change(from.at, null);
     });
     track.addEventListener("pointermove", (event) => {
-      if (from === null) return;
+      if (from === null || (!from.moved && Math.abs(event.clientX - from.x) < MOVE)) return;
       from.moved = true;
       this.change(under(event), event.shiftKey ? rounded(under(event) - from.at, FINE) : null);
     });
-    const end = () => {
-      if (from !== null) this.done();
+    track.addEventListener("pointerup", (event) => {
+      if (from?.moved) this.done();
+      // a click goes to its place, unless it becomes a double click
+      else if (from) jump = setTimeout((value) => this.#once(value), DOUBLE, under(event));
       from = null;
-    };
-    track.addEventListener("pointerup", end);
-    track.addEventListener("pointercancel", end);
-    track.addEventListener("dblclick", () => this.#once(1));
+    });
+    track.addEventListener("pointercancel", () => (from = null));
+    track.addEventListener("dblclick", () => {
+      clearTimeout(jump);
+      this.#once(1);
+    });
     track.addEventListener("keydown", (event) => {
       const step = { ArrowLeft: -STEP, ArrowDown: -STEP, ArrowRight: STEP, ArrowUp: STEP }[event.key];
       if (step === undefined) return;

@@ -11,6 +11,9 @@
 
 const NUMBER = /^[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$/i;
 
+// a list as it stands in a prompt, by its spelling: of the webui extension, of Inspire
+const TAGS = { lbw: "webui", LBW: "inspire" };
+
 /** A text that the sliders cannot show; the message says why. */
 export class Unshown extends Error {}
 
@@ -92,6 +95,8 @@ export class Weights {
 export function read(text, layout, dialect = "auto", presets = {}) {
   const preset = presets[text.trim()];
   if (preset !== undefined) return read(preset, layout, vector(preset) ? dialect : "auto");
+  const [, tag, tagged] = /^(lbw|LBW)=([^;]*);?$/.exec(text.trim()) ?? [];
+  if (tag && ["auto", TAGS[tag]].includes(dialect)) return read(tagged, layout, TAGS[tag], presets);
   const numbers = vector(text.trim());
   if (numbers) return fromVector(numbers, layout, dialect);
   if (dialect !== "auto" && dialect !== "native" && text.trim()) throw new Unshown(`read as ${dialect} when the node runs`);
@@ -109,7 +114,7 @@ export function read(text, layout, dialect = "auto", presets = {}) {
 
 /** Whether a list by position, with random words and placeholders too, has a length that this layout knows. */
 export function fits(text, layout) {
-  const list = text.replace(/^LBW\s*=|;.*$|^[^:=,]*:/gi, "");
+  const list = text.replace(/^(lbw|LBW)=|;.*$|^[^:=,]*:/g, "");
   return !list.includes("=") && layout.vectors.some((reading) => reading.slots.length === list.split(",").length);
 }
 

@@ -69,7 +69,7 @@ function attach(node) {
   // Undo, links, subgraphs and scripts change a widget's value in ways of which only some tell: so it is looked at.
   const looking = setInterval(() => {
     panel.refresh();
-    if (panel.root.isConnected) return resume(node, panel);
+    if (panel.root.isConnected) return panel.scroll.clientHeight && resume(node, panel);
     // Undo makes the node anew; the newer front end goes on showing the panel of the old one.
     document.querySelector(`.trilora-blocks[data-left="${node.id}"]`)?.replaceWith(panel.root);
   }, LOOK_EVERY);
