@@ -54,7 +54,7 @@ def grid(pictures: Sequence[Tensor], labels: Sequence[str], columns: int) -> Ten
     Raises TriLoRAError for more labels than pictures.
     """
     if extra := " / ".join(labels[len(pictures):]).strip(" /"):
-        raise TriLoRAError(f"labels: {len(labels)} lines for {len(pictures)} pictures ({extra!r} has none); write one line for each picture")
+        raise TriLoRAError(f"labels: {len(labels)} lines for {len(pictures)} picture{'s' * (len(pictures) != 1)} ({extra!r} has none); write one line for each picture")
     labels = [*labels, *[""] * (len(pictures) - len(labels))]
     columns = min(columns, len(pictures))
     height, width = (max(picture.shape[axis] for picture in pictures) for axis in (0, 1))

@@ -45,7 +45,7 @@ def source(saved: dict, node: dict, name: str) -> tuple[int, int] | None:
 
 def test_there_is_one_folder_of_examples_with_a_picture_for_each():
     assert [name for name in EXAMPLE_FOLDERS if (ROOT / name).is_dir()] == ["workflows"]
-    assert {path.stem for path in FILES} == {"train_trilora", "train_tlora", "apply_trilora", "block_weights", "scheduled_blocks"}
+    assert {path.stem for path in FILES} == {"train_trilora", "train_tlora", "apply_trilora", "block_weights", "scheduled_blocks", "character_plus_style", "block_ablation"}
     pictures = {path.stem for path in FOLDER.glob("*.jpg")}
     assert pictures == {path.stem for path in FILES}
     assert {path.suffix for path in FOLDER.iterdir()} == {".json", ".jpg"}
@@ -68,7 +68,7 @@ def test_links_and_slots_tell_the_same(saved):
     for link, origin, out, target, into, kind in links.values():
         start, end = nodes[origin]["outputs"][out], nodes[target]["inputs"][into]
         assert link in start["links"] and end["link"] == link
-        assert kind in (start["type"], end["type"]) and end["type"] in (start["type"], "*")
+        assert kind in (start["type"], end["type"]) and end["type"] in (*start["type"].split(","), "*")
         assert nodes[origin]["order"] < nodes[target]["order"]
     ends = [(entry["link"], node["id"], slot) for node in nodes.values() for slot, entry in enumerate(node["inputs"])]
     assert {end for end in ends if end[0] is not None} == {(link[0], link[3], link[4]) for link in links.values()}
@@ -161,6 +161,66 @@ def test_both_pictures_differ_by_the_blocks_alone():
     assert node["type"] == "TriLoRABlockWeights" and dialect == "auto"
     weights = parse_weights(text, Blocks.layout(family))
     assert weights.text() == text and {value for _, value in weights.rules} | {weights.default} == {0, 1}
+
+
+PAPER = [42, "fixed", 25, 7, "dpmpp_2m", "karras", 1]  # Block-wise LoRA's sampling: 25 steps, DPM++ 2M Karras, CFG 7
+
+
+def values(node: dict) -> dict[str, object]:
+    return dict(zip([entry["name"] for entry in node["inputs"] if "widget" in entry], node["widgets_values"], strict=True))
+
+
+def test_the_ablation_differs_by_the_blocks_alone():
+    """Two rows of the same blocks: one training each above, one adapter of all blocks below; everything else is shared."""
+    saved = json.loads((FOLDER / "block_ablation.json").read_text(encoding="utf-8"))
+    nodes, (grid,) = by_id(saved), [node for node in saved["nodes"] if node["type"] == "TriLoRAPictureGrid"]
+    samplers = [nodes[source(saved, nodes[source(saved, grid, f"picture_{n}")[0]], "samples")[0]] for n in range(1, 9)]
+    assert len({node["id"] for node in samplers}) == 8 and all(node["widgets_values"] == PAPER for node in samplers)
+    for name in ("positive", "negative", "latent_image", "seed"):
+        assert len({source(saved, node, name) for node in samplers}) == 1
+    models = [nodes[source(saved, node, "model")[0]] for node in samplers]
+    above, (base, *below) = models[:4], models[4:]
+    assert base["type"] == "CheckpointLoaderSimple" and [node["type"] for node in models] == ["TriLoRATrainAdapter"] * 4 + [base["type"]] + ["TriLoRALoader"] * 3
+    for name in ("model", "dataset", "method", "settings"):
+        assert len({source(saved, node, name) for node in above}) == 1
+    assert len({node["widgets_values"][0] for node in above}) == 1 and len({node["id"] for node in above}) == 4
+    presets = [values(nodes[source(saved, node, "plan")[0]])["rank"] for node in above]
+    assert presets == [f"Block-wise {level} (SD1.x)" for level in ("full", "upper", "middle", "bottom")]
+    assert [values(node)["block_weights"] for node in below] == presets[1:]
+    for node in below:
+        saver = nodes[source(saved, node, "lora_name")[0]]
+        assert saver["type"] == "TriLoRASaveAdapter" and source(saved, saver, "adapter")[0] == above[0]["id"]
+    labels = values(grid)["labels"].splitlines()
+    assert values(grid)["columns"] == 4 and len(labels) == 8
+    assert [label.split()[1].rstrip(",") for label in labels[1:4]] == [label.split()[1].rstrip(",") for label in labels[5:]] == ["upper", "middle", "bottom"]
+
+
+def test_the_recipe_is_the_papers():
+    """A full-block character, a block-wise style, regularisation pictures of the base model without a trigger, both files on one stack."""
+    saved = json.loads((FOLDER / "character_plus_style.json").read_text(encoding="utf-8"))
+    nodes, prompt, words = by_id(saved), titled(saved, "Prompt")["widgets_values"][0], []
+    kept = {source(saved, titled(saved, f"Train the {part}"), "regularisation")[0] for part in ("character", "style")}
+    kept = nodes[kept.pop()] if len(kept) == 1 else None
+    assert kept["type"] == "TriLoRAImageDataset" and values(kept)["trigger"] == ""
+    drawn = nodes[source(saved, nodes[source(saved, kept, "images")[0]], "samples")[0]]
+    assert drawn["type"] == "KSampler" and nodes[source(saved, drawn, "model")[0]]["type"] == "CheckpointLoaderSimple"
+    encoded = nodes[source(saved, drawn, "positive")[0]]
+    assert source(saved, encoded, "text") == source(saved, kept, "captions") is not None
+    for part in ("character", "style"):
+        training = titled(saved, f"Train the {part}")
+        plan = source(saved, training, "plan")
+        assert (plan is None) is (part == "character")
+        words.append(values(nodes[source(saved, training, "dataset")[0]])["trigger"])
+        saver = titled(saved, f"Save the {part}")
+        assert source(saved, saver, "adapter")[0] == training["id"] and source(saved, titled(saved, part.title()), "lora_name")[0] == saver["id"]
+    assert len(set(words)) == 2 and all(word in prompt for word in words)
+    ranks = parse_weights(values(titled(saved, "Upper blocks only"))["rank"], Blocks.layout("SD1.5"))
+    assert {"IN01-IN03", "OUT09-OUT11"} <= {selector.text for selector, value in ranks.rules if value}
+    samplers = [titled(saved, title) for title in ("The character alone", "The style alone", "Character and style")]
+    assert all(node["widgets_values"] == PAPER for node in samplers) and drawn["widgets_values"][1:] == PAPER[1:]
+    assert nodes[source(saved, samplers[2], "model")[0]]["type"] == "TriLoRAApplyStack"
+    for name in ("positive", "negative", "latent_image", "seed"):
+        assert len({source(saved, node, name) for node in samplers}) == 1
 
 
 def test_the_prompt_uses_the_trigger():

@@ -57,7 +57,9 @@ def check_plan(host: Host, target: str, plan: ReadPlan) -> list[str]:
     left_out = plan.unmet(chosen, layers.keys() - set(chosen))
     if any(map(plan.at, chosen)):
         return left_out
-    wider = next((word for word in TARGETS if any(map(plan.at, select(layers, word)))), None)
+    trained = {word: keys for word in TARGETS if (keys := [key for key in select(layers, word) if plan.at(key)])}
+    # a residual block without attention has linear layers too, which only modulate it
+    wider = next((word for word, keys in trained.items() if any("mod" not in plan.blocks.place(key).kinds for key in keys)), next(iter(trained), None))
     if wider is None:
         raise TriLoRAError("block plan: its rank or its learning rate is 0 in every layer of this model; give some blocks a rank of 1 or more")
     raise TriLoRAError(f"block plan: target={target!r} has no layer in what the plan trains ({', '.join(left_out[:5]) or 'the rest of the model'}); "

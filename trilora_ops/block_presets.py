@@ -43,7 +43,8 @@ _LISTS = {
     # Realtime-Lora: the blocks named are on, all else is off (12: BASE first; 58: BASE, doubles, singles)
     "Face Focus (SDXL)": "0*3 1*7 0*2", "Face Focus (Flux)": "0 0*7 1 0*4 1 0*3 1 0*2 0*7 1 0*4 1 0*3 1 0*3 1 0*17",
     # the transformers that B-LoRA and InstantStyle name
-    "B-LoRA content": "0*6 1 0*5", "B-LoRA style": "0*7 1 0*4", "InstantStyle style": "0*7 1 0*4", "InstantStyle style and layout": "0*4 1 0*2 1 0*4",
+    "B-LoRA content": "0*6 1 0*5", "B-LoRA style": "0*7 1 0*4", "InstantStyle style": "0*7 1 0*4", "InstantStyle layout": "0*4 1 0*7",
+    "InstantStyle style and layout": "0*4 1 0*2 1 0*4",
 }
 
 # 20 numbers are Flux's doubles here and SDXL in webui, and R is another number there
@@ -59,6 +60,7 @@ _WEBUI_LISTS = {
     "SD-LyCOCLOTH": "1*8 0 0.2*3 0*4 0.5 0.8 1*2 0.2 0*5", "SD-LyCOPOSE": "1 0*8 0.2 1*9 0*7",
     "SD-LyCOKEEPBG": "1*9 0.2 0.4 0.8 1*2 0.8 0.4 0.2*2 0*2 0.8 1*3 0*2", "SD-LyCOPALETTE": "1 0*19 0.8 1*5",
     # Block-wise LoRA's levels of the U-Net, with the text encoder; the upper one of SDXL holds no attention
+    "Block-wise full (SD1.x)": "1*26", "Block-wise full (SDXL)": "1*20",
     "Block-wise upper (SD1.x)": "1 0 1*3 0*18 1*3", "Block-wise middle (SD1.x)": "1 0*4 1*3 0*12 1*3 0*3", "Block-wise bottom (SD1.x)": "1 0*7 1*3 0*6 1*3 0*6",
     "Block-wise upper (SDXL)": "1 0 1*3 0*12 1*3", "Block-wise middle (SDXL)": "1 0*4 1*3 0*6 1*3 0*3", "Block-wise bottom (SDXL)": "1 0*7 1*6 0*6",
 }

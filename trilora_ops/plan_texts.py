@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from .block_syntax import BlockWeights, parse
-from .block_vectors import Tokens, compact, fields, lists_of, looks_like_a_list, values
+from .block_vectors import Tokens, compact, fields, lists_of, looks_like_a_list, outside, values
 from .blocks import Blocks
 from .errors import TriLoRAError
 
@@ -19,7 +19,8 @@ _AROUND = " \t\n\"',;"
 def read_numbers(name: str, text: str, blocks: Blocks, presets: Mapping[str, str], neutral: float) -> BlockWeights:
     """The numbers that the text `name` of a plan gives the places of a model; neutral: where it says nothing.
 
-    Any notation of block weights, and sd-scripts' block_dims. Raises TriLoRAError with the text's name.
+    Any notation of block weights, and sd-scripts' block_dims. A list's BASE speaks of the text encoders, which are not
+    trained: it gives nothing to the layers outside the blocks. Raises TriLoRAError with the text's name.
     """
     if not text.strip():
         return BlockWeights(float(neutral))
@@ -27,6 +28,8 @@ def read_numbers(name: str, text: str, blocks: Blocks, presets: Mapping[str, str
         weights = _kohya(text, blocks) or parse(text, blocks, presets=presets)
     except TriLoRAError as error:
         raise TriLoRAError(f"block plan: {name}: {str(error).removeprefix('block weights: ')}") from None
+    if looks_like_a_list(re.sub(r"(?i)^\s*lbw=|;\s*$", "", presets.get(text.strip(), text))):
+        weights = replace(weights, rules=tuple(rule for rule in weights.rules if rule[0].text not in outside(blocks)))
     # block weights are 1 where their text says nothing
     return replace(weights, default=float(neutral)) if weights.default == 1 and not re.search(_DEFAULT, text) else weights
 

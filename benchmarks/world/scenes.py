@@ -2,8 +2,8 @@
 
 A scene is drawn from signed distances (negative inside; Quilez's formulae for
 polygons), supersampled, so any image size gives the same picture.  ``STYLES`` are
-ways to draw the same scene that pretraining never shows: they are there to be
-taught by an adapter.
+ways to draw the same scene that pretraining never shows, ``CHARACTERS`` shapes that
+it never shows: they are there to be taught by an adapter.
 """
 
 from dataclasses import dataclass
@@ -49,6 +49,8 @@ JITTER = 0.02
 SUPERSAMPLE = 3
 
 STYLES = ("neon", "stamp", "blueprint")
+#: Shapes that no random scene has, for an adapter to learn by their name: to the tokenizer a rare word.
+CHARACTERS = ("crescent",)
 #: Every word a caption can hold; fixes the tokenizer's rows, so its order must not change.
 CAPTION_WORDS = (
     "a",
@@ -84,7 +86,7 @@ class Scene:
 
     def __post_init__(self):
         choices = {
-            "shape": SHAPES,
+            "shape": (*SHAPES, *CHARACTERS),
             "colour": COLOURS,
             "texture": TEXTURES,
             "background": BACKGROUNDS,
@@ -169,6 +171,8 @@ def shape_distance(shape, x, y):
         return _box_distance(x, y, 0.85, 0.85)
     if shape == "cross":
         return np.minimum(_box_distance(x, y, 1.0, 0.34), _box_distance(x, y, 0.34, 1.0))
+    if shape == "crescent":
+        return np.maximum(radius - 1, 0.75 - np.hypot(x - 0.45, y + 0.2))
     if shape == "triangle":
         return _polygon_distance(x, y, np.array([(0, -1.0), (1.05, 0.85), (-1.05, 0.85)]))
     return _polygon_distance(x, y, 1.15 * _star_points(5, 0.45))
