@@ -54,6 +54,9 @@ class BakeAdapter(io.ComfyNode):
 
         if adapter is None and not stack:
             raise TriLoRAError("adapter and stack: nothing is connected; connect an adapter from Load Adapter, or an Adapter Stack")
+        own = {"strength_model": strength_model != 1, "strength_clip": strength_clip != 1, "block_weights": bool((block_weights or "").strip())}
+        if adapter is None and any(own.values()):
+            raise TriLoRAError(f"{', '.join(name for name in own if own[name])}: only for adapter, which is not connected; set them in Adapter Stack, for each file")
         with torch.inference_mode(False):
             given = [] if adapter is None else [of_adapter(adapter, StackEntry("adapter", strength_model, strength_clip, block_weights=block_weights))]
             given += [of_file(entry) for entry in stack or () if entry.strength_model or entry.strength_clip]

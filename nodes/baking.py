@@ -89,7 +89,7 @@ def _placed(one: Given, model, clip, places: Places) -> tuple[AdapterState, list
 
 def _source(one: Given, state: AdapterState, targets: dict, places: Places):
     entry = one.entry
-    weights = block_strengths(entry.block_weights, places.blocks, entry.name) if entry.block_weights.strip() else None
+    weights = block_strengths(entry.block_weights, places.blocks, entry.name) if (entry.block_weights or "").strip() else None
     ratios = {}
     for name, target in targets.items():
         strength = entry.strength_model if _weight_key(target).startswith(PREFIX) else entry.strength_clip

@@ -7,13 +7,17 @@ files are read at each call, so that a new or changed one counts at once.
 from __future__ import annotations
 
 import functools
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import folder_paths
 
 from ..trilora_ops.errors import TriLoRAError
 
+log = logging.getLogger("trilora")
 _USER = "default"  # the host's only user, unless it was started for several
 _FOLDER = ("trilora", "presets")
 
@@ -28,43 +32,80 @@ class Preset:
     line: int
 
 
-def user_presets() -> dict[str, str]:
-    """Name -> text of the extension's presets and of the user's, who win. Raises what `preset_files` raises."""
-    from ..trilora_ops.block_presets import BUILT_IN
-
-    return {**BUILT_IN, **{preset.name: preset.text for preset in preset_files()}}
-
-
-def preset_files() -> list[Preset]:
+@dataclass(frozen=True)
+class PresetFiles:
     """What the user's files hold, in the order of their names.
 
-    Raises TriLoRAError with file and line for a line that is no preset, and for a name that has two meanings.
+    faults: what cannot be read, with file and line; a file that has one gives no presets. unclear: words that may be names
+    in such a file, and names with two meanings; no preset has one of these.
     """
+
+    presets: tuple[Preset, ...]
+    faults: tuple[str, ...] = ()
+    unclear: frozenset[str] = frozenset()
+
+
+@contextmanager
+def user_presets() -> Iterator[dict[str, str]]:
+    """Name -> text of the extension's presets and of the user's, who win, for the reading of a text within the context.
+
+    What is wrong with the files stops no text that can be read without them; an error that leaves the context is told it.
+    """
+    from ..trilora_ops.block_presets import BUILT_IN
+
+    files = preset_files()
+    texts = {**BUILT_IN, **{preset.name: preset.text for preset in files.presets}}
+    try:
+        yield {name: text for name, text in texts.items() if name not in files.unclear}
+    except TriLoRAError as error:
+        if not files.faults:
+            raise
+        raise TriLoRAError("; ".join([str(error).rstrip("."), *files.faults])) from None
+
+
+def preset_files() -> PresetFiles:
+    """All files of the user's folder. What is wrong with them is in the log, too, once for each change."""
     folder = os.path.join(folder_paths.get_user_directory(), _USER, *_FOLDER)
-    files = sorted(name for name in os.listdir(folder) if name.endswith(".txt")) if os.path.isdir(folder) else []
+    names = sorted(name for name in os.listdir(folder) if name.endswith(".txt")) if os.path.isdir(folder) else []
     found: dict[str, Preset] = {}
-    for file in files:
-        for preset in _presets(_content(os.path.join(folder, file), file), file):
+    faults, unclear = [], set()
+    for name in names:
+        file = _read(os.path.join(folder, name), name)
+        faults += file.faults
+        unclear |= file.unclear
+        for preset in file.presets:
             other = found.setdefault(preset.name, preset)
             if other.text != preset.text:
-                raise TriLoRAError(f"presets/{file} line {preset.line}: {preset.name!r} has another meaning in presets/{other.file} line {other.line}; "
-                                   "rename one of them")
-    return list(found.values())
+                unclear.add(preset.name)
+                faults.append(f"presets/{name} line {preset.line}: {preset.name!r} has another meaning in presets/{other.file} line {other.line}; rename one of them")
+    _tell(tuple(faults))
+    return PresetFiles(tuple(preset for preset in found.values() if preset.name not in unclear), tuple(faults), frozenset(unclear))
 
 
-def _content(path: str, file: str) -> str:
+@functools.lru_cache(maxsize=1)
+def _tell(faults: tuple[str, ...]) -> None:
+    if faults:
+        log.warning("block weights: not all of your presets can be used: %s", "; ".join(faults))
+
+
+def _read(path: str, name: str) -> PresetFiles:
     try:
-        with open(path, encoding="utf-8-sig") as opened:
-            return opened.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise TriLoRAError(f"presets/{file}: not readable as UTF-8 text ({error})") from None
+        with open(path, "rb") as opened:
+            return _presets(opened.read(), name)
+    except OSError as error:
+        return PresetFiles((), (f"presets/{name}: not readable ({error})",))
 
 
 @functools.lru_cache(maxsize=64)
-def _presets(content: str, file: str) -> tuple[Preset, ...]:
+def _presets(content: bytes, name: str) -> PresetFiles:
     from ..trilora_ops.block_preset_files import preset_lines
 
     try:
-        return tuple(Preset(preset.name, preset.text, file, preset.line) for preset in preset_lines(content))
+        return PresetFiles(tuple(Preset(preset.name, preset.text, name, preset.line) for preset in preset_lines(content.decode("utf-8-sig"))))
+    except UnicodeDecodeError as error:
+        fault = f"not readable as UTF-8 text ({error})"
     except TriLoRAError as error:
-        raise TriLoRAError(f"presets/{file}: {str(error).removeprefix('presets: ')}; correct or delete the file in {'/'.join(('user', _USER, *_FOLDER))}") from None
+        fault = str(error).removeprefix("presets: ")
+    lines = content.decode("utf-8-sig", "replace").splitlines()
+    words = {word.strip() for line in lines for word in (line.partition(":")[0], *line.split("\t")[1:2])}
+    return PresetFiles((), (f"presets/{name}: {fault}; correct or delete the file in {'/'.join(('user', _USER, *_FOLDER))}",), frozenset(words))

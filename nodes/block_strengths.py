@@ -13,6 +13,7 @@ from ..trilora_ops.errors import TriLoRAError
 from .comfy_stack import stack_patches
 
 log = logging.getLogger("trilora")
+_SHOWN = 5  # of what a message lists
 
 
 def weigh(text: str, patches: Mapping, places, name: str) -> Mapping:
@@ -21,48 +22,51 @@ def weigh(text: str, patches: Mapping, places, name: str) -> Mapping:
     text: any dialect that `block_syntax.parse` reads; places: the `Places` that made the patches; name: the file's, for
     messages. Raises TriLoRAError where the text cannot be read for this model.
     """
-    if not text.strip():
+    if not (text or "").strip():
         return patches
     # not one add_patches for each ratio: the host lists all weights of the model at each call
     weights = block_strengths(text, places.blocks, name)
-    _warn_of_kinds_not_there(name, weights, [places.blocks.place(target) for target in patches])
-    groups = by_strength(patches, weights, places.blocks)
-    return stack_patches((group, ratio) for ratio, group in groups)
+    where = {target: places.blocks.place(target) for target in patches}
+    _warn_of_what_is_not_there(name, weights, where.values(), places.blocks.kinds)
+    return stack_patches((group, ratio) for ratio, group in by_strength(patches, weights, where))
 
 
-def _warn_of_kinds_not_there(name: str, weights, places) -> None:
-    """A kind of layer that the file does not have where the text speaks of it: its blocks are there, so it looks as if it worked."""
+def _warn_of_what_is_not_there(name: str, weights, places, kinds) -> None:
+    """Kinds and patterns that no layer of the file has where the text speaks of them: its blocks are there, so it looks as if it worked."""
     missed = [selector.text for selector, _ in weights.rules
               if not selector.is_whole and any(map(selector.covers, places)) and not any(map(selector.matches, places))]
     if missed:
-        log.warning("block_weights for %s: it has no layers of these kinds: %s; a layer that is several kinds at once is only of the kind fused", name, ", ".join(missed))
+        more = f" and {len(missed) - _SHOWN} more" if len(missed) > _SHOWN else ""
+        fused = "; a layer that is several kinds at once is only of the kind fused" if "fused" in kinds else ""
+        log.warning("block_weights for %s: it has no layers of these kinds or patterns: %s%s%s", name, ", ".join(missed[:_SHOWN]), more, fused)
 
 
 def block_strengths(text: str, blocks, name: str = ""):
     """The `BlockWeights` that a text means on these `Blocks`, with the user's presets.
 
-    name: the file's that they are for, if there is one yet. Raises TriLoRAError that names the input.
+    text: None is an input that is not linked, and empty; name: the file's that they are for, if there is one yet. Raises TriLoRAError that names the input.
     """
     # not at the pack's import: only a graph that has such a text needs them
     from ..trilora_ops.block_syntax import parse
     from .block_presets import user_presets
 
     try:
-        return parse(text, blocks, presets=user_presets())
+        with user_presets() as presets:
+            return parse(text or "", blocks, presets=presets)
     except TriLoRAError as error:
         problem = str(error).removeprefix("block weights: ").rstrip(".")
         raise TriLoRAError(f"block_weights{name and ' for '}{name}: {problem}; nothing was applied") from None
 
 
-def by_strength(patches: Mapping, weights, blocks) -> list[tuple[float, dict]]:
+def by_strength(patches: Mapping, weights, places: Mapping) -> list[tuple[float, dict]]:
     """(ratio, the patches with it), by ratio; those with ratio 0 are left out.
 
     patches: by the host's target, a key or a tuple of key, slice and function, each weighed by its own place; weights:
-    BlockWeights; blocks: the Blocks they are for.
+    BlockWeights; places: the `Place` of every target.
     """
     groups: dict[float, dict] = {}
     for target, patch in patches.items():
-        if ratio := weights.at(blocks.place(target)):
+        if ratio := weights.at(places[target]):
             groups.setdefault(ratio, {})[target] = patch
     return sorted(groups.items(), key=lambda group: group[0])
 
@@ -73,4 +77,5 @@ def presets_in(text: str | None) -> tuple[tuple[str, str], ...]:
         return ()
     from .block_presets import user_presets
 
-    return tuple(sorted((name, content) for name, content in user_presets().items() if name.lower() in text.lower()))
+    with user_presets() as presets:
+        return tuple(sorted((name, content) for name, content in presets.items() if name.lower() in text.lower()))

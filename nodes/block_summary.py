@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 
-from ..trilora_ops.block_selectors import TEXT_ENCODERS
 from ..trilora_ops.block_syntax import BlockWeights, written
 from ..trilora_ops.blocks import Blocks, Place
 
@@ -34,7 +33,7 @@ def other_model(blocks: Blocks, known: Blocks, family: str) -> str:
 
 
 def _denoiser(blocks: Blocks) -> list[str]:
-    return [block for group, members in blocks.groups.items() if group not in TEXT_ENCODERS for block in members]
+    return [block for group, members in blocks.groups.items() if group not in blocks.encoders for block in members]
 
 
 def _spans(group: str, members: tuple[str, ...], values: dict[str, float]) -> list[tuple[str, float]]:

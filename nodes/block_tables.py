@@ -5,23 +5,18 @@ from __future__ import annotations
 import functools
 
 from ..trilora_ops.block_presets import BUILT_IN
-from ..trilora_ops.block_selectors import TEXT_ENCODERS
 from ..trilora_ops.block_vectors import List, lists_of, spread
 from ..trilora_ops.blocks import LAYOUTS, Blocks, Place
-from ..trilora_ops.errors import TriLoRAError
 from .block_presets import preset_files
 from .blocks import DIALECTS
 
 
 def tables() -> dict:
-    """layouts: see web/js/block_text.js; presets: [{name, text}], the user's with file and line; presets_error: why the
-    user's cannot be read."""
-    built_in = [{"name": name, "text": text} for name, text in BUILT_IN.items()]
-    try:
-        own, error = [vars(preset) for preset in preset_files()], ""
-    except TriLoRAError as problem:
-        own, error = [], str(problem)
-    return {"layouts": _layouts(), "presets": built_in + own, "presets_error": error}
+    """layouts: see web/js/block_text.js; presets: [{name, text}], the user's with file and line; presets_error: why
+    some of the user's cannot be."""
+    files = preset_files()
+    built_in = [{"name": name, "text": text} for name, text in BUILT_IN.items() if name not in files.unclear]
+    return {"layouts": _layouts(), "presets": built_in + [vars(preset) for preset in files.presets], "presets_error": "; ".join(files.faults)}
 
 
 @functools.cache
@@ -31,7 +26,7 @@ def _layouts() -> dict[str, dict]:
 
 def _layout(blocks: Blocks) -> dict:
     vectors = [_vector(kind, blocks) for kind in lists_of(blocks) if kind.dialect in DIALECTS and not any(slot.startswith("/") for slot in kind.slots)]
-    return {"ids": blocks.ids, "groups": blocks.groups, "text": [group for group in blocks.groups if group in TEXT_ENCODERS],
+    return {"ids": blocks.ids, "groups": blocks.groups, "text": [group for group in blocks.groups if group in blocks.encoders],
             "kinds": sorted(blocks.kinds), "vectors": vectors}
 
 

@@ -31,7 +31,7 @@ class BlockWeightsNode(io.ComfyNode):
             node_id="TriLoRABlockWeights",
             display_name="Block Weights",
             category="TriLoRA/blocks",
-            description="A strength for every block of a model, by sliders, presets or text in any notation, for TriLoRA Loader, Adapter Stack and Adapter Hook.",
+            description="A strength for every block of a model, by sliders, presets or text in any notation, for TriLoRA Loader, Adapter Stack, Adapter Hook and Bake Adapter.",
             search_aliases=["lbw", "lora block weight", "block lora", "lora layers", "layer weights"],
             inputs=[
                 io.Combo.Input("model_family", options=list(LAYOUTS), default="SD1.5",
@@ -72,7 +72,8 @@ class BlockWeightsNode(io.ComfyNode):
             known, blocks = blocks, Blocks.of(target_shapes(model, None))
             hint = other_model(blocks, known, model_family)
         try:
-            found = expand(weights, blocks, dialect, a=A, b=B, seed=random_seed, presets=user_presets())
+            with user_presets() as presets:
+                found = expand(weights, blocks, dialect, a=A, b=B, seed=random_seed, presets=presets)
         except TriLoRAError as error:
             raise TriLoRAError(f"{error}{hint and '; '}{hint}") from None
         texts = [one.text() for one in found]

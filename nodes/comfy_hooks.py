@@ -13,17 +13,16 @@ import comfy.hooks
 import comfy.lora
 import comfy.utils
 from comfy.patcher_extension import CallbacksMP
-from comfy.weight_adapter import LoRAAdapter
 
 from ..trilora_ops.block_schedule import Curve, Schedule, steps
-from ..trilora_ops.block_selectors import Selectors
-from ..trilora_ops.block_syntax import BlockWeights, items
+from ..trilora_ops.block_syntax import BlockWeights, items, read_native, written
 from ..trilora_ops.blocks import LAYOUTS, Blocks
 from ..trilora_ops.checkpoint import AdapterState
 from ..trilora_ops.errors import TriLoRAError
 from .block_strengths import block_strengths
 from .comfy_patches import Places
-from .names import names_in
+from .comfy_stack import new_shape
+from .names import names_in, names_of_today
 
 # one timestep of training: schedulers round theirs down, and step 1 of 6 shall be at 1/6
 _TIMESTEP = 1e-3
@@ -147,7 +146,7 @@ class HookedAdapter:
     """A file with its block weights and its schedule, and its patches for the model that was met last."""
 
     def __init__(self, state: AdapterState, name: str, keep: int, block_weights: str, schedule: Schedule):
-        self.state, self.name, self.keep, self.block_weights, self.schedule = state, name, keep, block_weights, schedule
+        self.state, self.name, self.keep, self.block_weights, self.schedule = state, name, keep, block_weights or "", schedule
         self._met: dict[bool, tuple[weakref.ref, dict]] = {}
         self._of_clip: set[str] = set()  # keys that have gone into a text encoder
 
@@ -176,7 +175,7 @@ class HookedAdapter:
         return self._sorted(patches, places.blocks, block_strengths(self.block_weights, places.blocks, self.name), strict=True)
 
     def _on_clip(self, patcher) -> dict:
-        names = comfy.lora.model_lora_keys_clip(patcher.model, {})
+        names = names_of_today(comfy.lora.model_lora_keys_clip(patcher.model, {}))
         tensors = {key: tensor for key, tensor in self.state.items() if names_in(key, names)}
         if not tensors:
             return {}
@@ -238,26 +237,22 @@ def _without_model_blocks(text: str, blocks: Blocks, problem: TriLoRAError) -> B
         found = items(text)
     except TriLoRAError:
         raise problem from None
-    default, rules = 1.0, []
+    known = []
     for selector, value in found:
         if selector.startswith("%"):  # another dialect
             raise problem
-        if selector.lower() == "default":
-            default = value
-            continue
+        item = f"{selector}={written(value)}"
         try:
-            rules.append((Selectors(blocks).read(selector), value))
+            read_native(item, blocks)
         except TriLoRAError:  # a block of the model; sampling will ask it
             continue
-    return BlockWeights(default, tuple(rules))
+        known.append(item)
+    return read_native(", ".join(known), blocks)
 
 
 def _check_same_shape(name: str, target, patch, shapes) -> None:
-    key, new = target if isinstance(target, str) else target[0], None
-    if isinstance(patch, LoRAAdapter):
-        new = patch.weights[5]
-    elif isinstance(patch, tuple) and patch[0] == "diff" and len(patch[1]) > 1 and patch[1][1]["pad_weight"]:
-        new = patch[1][0].shape
+    key = target if isinstance(target, str) else target[0]
+    new = new_shape(patch, key)
     if new is not None and tuple(new) != tuple(shapes[key]):
         raise TriLoRAError(f"{name}: its layer for {key} gives it the shape {tuple(new)} instead of {tuple(shapes[key])}, which cannot be done for "
                            "some conditionings only; use TriLoRA Loader; nothing was applied")

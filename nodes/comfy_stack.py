@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import comfy.lora
 import torch
-from comfy.weight_adapter import WeightAdapterBase
+from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 from torch import Tensor
 
 from ..trilora_ops.merge import add_low_rank_
@@ -35,7 +35,7 @@ class StackPatch(WeightAdapterBase):
 
     def calculate_shape(self, key):
         """The shape that some part pads the weight to, or None (0.33.0)."""
-        shapes = [_new_shape(patch, key) for _, patch, _, offset, _ in self.weights if offset is None]
+        shapes = [new_shape(patch, key) for _, patch, _, offset, _ in self.weights if offset is None]
         shapes = [shape for shape in shapes if shape is not None]
         return _around(*shapes) if shapes else None
 
@@ -109,6 +109,16 @@ def linear(target, patch):
     return StackPatch(set(), ((1.0, patch, 1.0, None, _split(target)[2]),))
 
 
+def new_shape(patch, key: str) -> tuple[int, ...] | None:
+    """The shape to which a patch pads its weight, None where it pads nothing."""
+    if isinstance(patch, LoRAAdapter):  # older hosts do not ask it
+        return None if patch.weights[5] is None else tuple(patch.weights[5])
+    if isinstance(patch, WeightAdapterBase):
+        return patch.calculate_shape(key) if hasattr(patch, "calculate_shape") else None
+    kind, values = patch
+    return tuple(values[0].shape) if kind == "diff" and len(values) > 1 and values[1]["pad_weight"] else None
+
+
 def _split(target) -> tuple:
     """(key, slice or None, function or None) of a target of the host's, which is a key or a tuple of these."""
     return (target, None, None) if isinstance(target, str) else (*target, None, None)[:3]
@@ -141,10 +151,3 @@ def _around(*shapes) -> tuple[int, ...]:
 
 def _pad(tensor: Tensor, shape) -> Tensor:
     return tensor if tuple(tensor.shape) == tuple(shape) else comfy.lora.pad_tensor_to_shape(tensor, shape)
-
-
-def _new_shape(patch, key: str) -> tuple[int, ...] | None:
-    if isinstance(patch, WeightAdapterBase):
-        return patch.calculate_shape(key)
-    kind, values = patch
-    return tuple(values[0].shape) if kind == "diff" and len(values) > 1 and values[1]["pad_weight"] else None

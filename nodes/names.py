@@ -18,11 +18,14 @@ def layer_names(model, clip) -> dict:
     """Every name that a file may give a layer -> the host's target: a key, or a tuple of key, slice and function.
 
     model, clip: patchers (clip may be None). The host's own map, and the names that PEFT and diffusers write today,
-    which it does not know for the attention layers of U-Nets.
+    which it does not know for the attention layers of U-Nets and for text encoders.
     """
     names = comfy.lora.model_lora_keys_unet(model.model, {})
-    if clip is not None:
-        names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, names)
+    return names_of_today(names if clip is None else comfy.lora.model_lora_keys_clip(clip.cond_stage_model, names))
+
+
+def names_of_today(names: dict) -> dict:
+    """A map of the host's, with PEFT's and diffusers' spellings of today added to it."""
     for name, target in list(names.items()):
         for other in peft_spellings(name):
             names.setdefault(other, target)

@@ -39,7 +39,10 @@ def run(host: ComfyHost, dataset: EncodedDataset, method, settings: TrainingConf
     saved before the reason for stopping is raised again.
     """
     started = time.perf_counter()
-    read = plan and plan.read(blocks_of(host.model), method, user_presets())
+    read = None
+    if plan:
+        with user_presets() as presets:
+            read = plan.read(blocks_of(host.model), method, presets)
     left_out = check_plan(host, target, read) if read else []
     if left_out:
         log.warning("block plan: target=%r has no layer in %s; a wider target has", target, ", ".join(left_out))

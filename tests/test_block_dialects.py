@@ -146,8 +146,8 @@ def test_webuis_form_in_a_prompt():
 
 
 def test_inspires_specification_counts_the_blocks_of_a_whole_file_from_1():
-    check(parse("%default=0.5,base=-1,in1-2=0,out9=2", SD, "inspire"), SD, {-1: BASE, 0: "IN01 IN02", 2: "OUT11"}, rest=0.5)
-    check(parse("%in1=0", SDXL, "inspire"), SDXL, {0: "IN04"}, rest=1)
+    check(parse("%default=0.5,base=-1,in1-2=0,out=2", SD, "inspire"), SD, {-1: BASE, 0: "IN01 IN02", 2: " ".join(SD.groups["OUT"])}, rest=0.5)
+    check(parse("%in8=0, out9=2", SDXL, "inspire"), SDXL, {0: "IN08", 2: "OUT08"}, rest=1)
     check(parse("%in9-11=0, mid2=3", SD, "inspire"), SD, {0: "IN09 IN10 IN11", 3: "MID1"}, rest=1)  # only a LoCon file has nine
     check(parse("%default=0, in=1, in2=.5, mid=2", SD, "inspire"), SD, {1: "IN00 IN01 IN03 IN04 IN05 IN06 IN07 IN08 IN09 IN10 IN11", 0.5: "IN02", 2: MID})
     check(parse("%double1=0, single38=0", FLUX, "inspire"), FLUX, {0: "D00 S37"}, rest=1)
@@ -206,11 +206,17 @@ def test_kohyas_patterns_the_first_that_matches_wins():
 
 
 def test_diffusers_dictionaries():
+    """As diffusers looks numbers up: by "mid_block.attentions.0", "down_blocks.1.attentions.0", else 1."""
     text = '{"text_encoder":0.5,"unet":{"down":0.9,"up":{"block_0":0.6,"block_1":[0.4,0.8,1.0]}}}'
     check(parse(text, SDXL), SDXL, {0.5: "TE1", 0.9: "IN04 IN05 IN06 IN07 IN08", 0.6: "OUT00 OUT01 OUT02", 0.4: "OUT03", 0.8: "OUT04"}, rest=1)
     check(parse('{"unet": {"mid": 0, "down": {"block_0": [2, 3]}, "up": {"block_3": [0, -1, 1]}}}', SD), SD,
-          {0: f"{MID} OUT09", 2: "IN01 IN03", 3: "IN02", -1: "OUT10"}, rest=1)  # fmt: skip
+          {0: "MID1 OUT09", 2: "IN01 IN03", 3: "IN02", -1: "OUT10"}, rest=1)  # fmt: skip
     check(parse('{"text_encoder_2": 0, "transformer": 0.3}', FLUX), FLUX, {0: "T5", 0.3: f"IN FINAL {DOUBLES} {SINGLES}"}, rest=1)
+    # an upsampler is looked up as attention 0, though it stands behind attention 2; SD1.x has none in its last block
+    for blocks, text, out in ((SDXL, '{"unet": {"up": {"block_0": [2, 3, 4]}}}', 2), (SD, '{"unet": {"up": {"block_2": [2, 3, 4], "block_3": [2, 3, 4]}}}', 8)):
+        weights = parse(text, blocks)
+        at = {path: weights.at(blocks.place(f"diffusion_model.output_blocks.{out}.{path}.weight")) for path in ("2.conv", "1.proj_in", "0.in_layers.2")}
+        assert at == {"2.conv": 2, "1.proj_in": 4, "0.in_layers.2": 4} and weights.text().count("/") == 2
     check(parse('{"text_encoder": -0.5}', ZIMAGE), ZIMAGE, {-0.5: "TE"}, rest=1)
 
 
@@ -221,12 +227,12 @@ def test_diffusers_dictionaries():
      (SD, '{"unet": "1"}', "'unet' has '1'"), (FLUX, '{"transformer": {"up": 1}}', "SD1.x, SD2 and SDXL"), (SD, "[1, 2", "no JSON list"),
      (SD, "down_lr_weight=1,2", "down_lr_weight has 2 numbers and this model has 12 blocks"), (SD, "down_lr_weight=cosin", "'cosin' .*is not a number"),
      (FLUX, "mid_lr_weight=1", "are for U-Nets"), (FLUX, "train_double_block_indices=1,19", "'19' in .*this model has 0 to 18"),
-     (FLUX, "train_blocks=triple", "this model knows all, double, single"), (FLUX, "train_block_indices=1", "names no blocks of this model"),
+     (FLUX, "train_double_block_indices=1-" + "9" * 5000, "99 ...' in train_double_block_indices .*this model has 0 to 18"), (FLUX, "train_blocks=triple", "this model knows all, double, single"), (FLUX, "train_block_indices=1", "names no blocks of this model"),
      (SD, "network_reg_dims=attn=1", "is not for U-Nets"), (FLUX, "network_reg_dims=attn", "'attn' in network_reg_dims is not pattern=number"),
      (SD, "1,,0" + ",0" * 14, r"slot 2 \(IN01\) of the list is empty"), (SD, "1,foo" + ",0" * 15, r"'foo' in 'slot 2 \(IN01\)' is not a number"),
      (SD, "1,1,1,1,1,0,0,0,0,0,0,0", "12 numbers are no list for this model; they are one for SDXL, .*takes lists of 17 .*26 .*27"),
      (ZIMAGE, "1,1,1,1,1,0,0,0,0,0,0,0", "they are one for SDXL.* takes lists of 30"), (SD, "1,0,0", "3 numbers are no list for this model. This"),
-     (SD, "SD-LyCOBODY0.5:1,1,1,1,1,1,1,1,1,0.2,0.2,0.5,1,1,0,0,0,0.2,0,0,0.8,1,1,1,1", "25 numbers are no list for this model"),
+     (SD, "SD-LyCOBODY0.5:1,1,1,1,1,1,1,1,1,0.2,0.2,0.5,1,1,0,0,0,0.2,0,0,0.8,1,1,1,1", "25 numbers with a name are no list for this model: kohya"),
      (SD, "lbw= ", "must follow LBW="), (SD, "LBW=;A=1", "must follow LBW="), (SD, "LBW=MIDDD;", "'MIDDD' is no preset and no text of dialect inspire .*near it: .*MIDD"),
      (SD, "@SD-FULL-TEST:17", "lines of a test"), (SD, "%foo=1", "inspire: 'foo' .*\n.*realtime: 'foo' in '%foo=1' is no word")],
 )  # fmt: skip

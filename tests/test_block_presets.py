@@ -73,12 +73,17 @@ def test_every_preset_round_trips(name):
      ("Block-wise bottom (SD1.x)", SD, {1: f"{BASE} IN07 IN08 IN09 OUT03 OUT04 OUT05"}), ("Block-wise upper (SDXL)", SDXL, {1: f"{BASE} IN01 IN02 IN03 OUT06 OUT07 OUT08"}),
      ("Block-wise middle (SDXL)", SDXL, {1: f"{BASE} IN04 IN05 IN06 OUT03 OUT04 OUT05"}),
      ("Block-wise bottom (SDXL)", SDXL, {1: f"{BASE} IN07 IN08 {MID} OUT00 OUT01 OUT02"}), ("B-LoRA content", SDXL, {1: "OUT00"}), ("B-LoRA style", SDXL, {1: "OUT01"}),
-     ("InstantStyle style", SDXL, {1: "OUT01"}), ("InstantStyle style and layout", SDXL, {1: "IN08 OUT01"}),
+     ("InstantStyle style", SDXL, {1: "OUT01"}), ("InstantStyle layout", SDXL, {1: "IN08"}), ("InstantStyle style and layout", SDXL, {1: "IN08 OUT01"}),
      ("double blocks only", FLUX, {1: DOUBLES}), ("single blocks only", FLUX, {1: SINGLES})],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_what_a_preset_means(name, blocks, wanted):
     check(parse(name, blocks), blocks, wanted)
+
+
+def test_block_wise_full_is_every_block():
+    for name, blocks in (("Block-wise full (SD1.x)", SD), ("Block-wise full (SDXL)", SDXL)):
+        assert parse(name, blocks).text() == "default=1"
 
 
 def test_attention_only():
@@ -99,7 +104,7 @@ def test_own_presets_are_found_and_named_in_errors():
         parse("short", SD, presets=presets)
     with pytest.raises(TriLoRAError, match="'脸' is no preset .*presets near it: 脸：新"):
         parse("脸", SD, presets=presets)
-    with pytest.raises(TriLoRAError, match="25 numbers are no list"):  # kohya writes no presets; this is another list gone wrong
+    with pytest.raises(TriLoRAError, match="25 numbers with a name are no list"):  # kohya writes no presets; this is another list gone wrong
         parse("kohya's", SD, presets=presets)
     assert parse("kohya's", SD, "kohya", presets=presets).text() == "default=1"
 
@@ -173,8 +178,38 @@ def test_places_within_a_block():
     [("@FLUX-DBL-FULL:19", "no list of Inspire's has 19 slots, they have 12, 17, 20, 21, 27, 58; with BASE, which is slot 1, it would be 20"),
      ("@FLUX-DBL18-TEST:19,14,20", "has 19 slots.* it would be 20"), ("@FLUX-SGL38-TEST:58,6,59", "slot 59 of a list of 58 does not exist"),
      ("@FLUX-DBL-SGL-FULL:55", "has 55 slots, they have 12, 17, 20, 21, 27, 58$"), ("@T:17,0,3", "has no places"), ("@T:17,2,0", "slot 0"),
-     ("@T", "is no test line; write @NAME:17"), ("@T:17,3", "is no test line"), ("@T:x", "is no test line")],
+     ("@T", "is no test line; write @NAME:17"), ("@T:17,3", "is no test line"), ("@T:x", "is no test line"), ("@T:" + "9" * 5000, "is no test line")],
 )  # fmt: skip
 def test_test_lines_that_point_past_their_list_are_refused(text, words):
     with pytest.raises(TriLoRAError, match=words):
         expand(text, FLUX)
+
+
+@pytest.mark.parametrize("dialect", ["auto", "webui", "inspire", "native"])
+@pytest.mark.parametrize("text", ["lbw=X1", "LBW=X1;", "X1", "lbw=MIDD"])
+def test_a_preset_is_no_name_of_a_preset(dialect, text):
+    """One that named itself had no end."""
+    with pytest.raises(TriLoRAError, match="^preset 'X1': (?!block weights)"):
+        parse("X1", SD, dialect, presets={**BUILT_IN, "X1": text})
+
+
+def test_25_numbers_with_a_name_are_no_list_and_the_reason_is_said():
+    for text in ("X", "X:" + "1," * 24 + "1"):
+        with pytest.raises(TriLoRAError) as error:
+            parse(text, SD, presets={"X": "1," * 24 + "1"})
+        assert "25 numbers" in str(error.value) and "kohya's lists have no names" in str(error.value) and "dialect kohya" in str(error.value)
+        assert "they are one for" not in str(error.value)
+    assert parse("X", SD, "kohya", presets={"X": "1," * 24 + "1"}).text() == "default=1"
+
+
+@pytest.mark.parametrize("line", ["ATTNDEEPON:IN05-OUT05:attn:1", "ALL0:::0", "N:NOT IN09-OUT02:NOT attn:0.5", "TWO:IN05-OUT05:attn:1,OUT03-OUT05:proj:0"])
+def test_elemental_presets_of_webui_are_refused_with_their_line(line):
+    with pytest.raises(TriLoRAError, match="line 2: '.*' is one of webui's elemental presets .*IN05-OUT05.attn=1"):
+        read_presets(f"MIDD:1,0,0,0,1,1,1,1,1,1,1,1,0,0,0,0,0\n{line}\n")
+
+
+def test_presets_near_a_word_are_found_whatever_its_case():
+    with pytest.raises(TriLoRAError, match="presets near it: .*B-LoRA style"):
+        parse("b-lora STYLE", SDXL)
+    with pytest.raises(TriLoRAError, match="presets near it: .*MIDD"):
+        parse("midd", SD)

@@ -11,7 +11,7 @@ def test_two_meanings_are_an_error_that_shows_both():
     with pytest.raises(TriLoRAError) as error:
         parse("%default=1.0, double7-12=1.2", FLUX)
     lines = str(error.value).splitlines()
-    assert "has 2 meanings for this model" in lines[0] and "dialect in Block Weights" in lines[-1]
+    assert "has 2 meanings for this model" in lines[0] and "Choose the dialect inspire or realtime in Block Weights" in lines[-1]
     assert lines[1].strip().startswith("inspire") and lines[1].endswith(": default=1, D06-D11=1.2")
     assert lines[2] == "  realtime: default=1, D07-D12=1.2"
     for dialect, ids in (("inspire", "D06-D11"), ("realtime", "D07-D12")):
@@ -97,3 +97,53 @@ def test_l1_an_unknown_preset_or_length_is_no_full_strength():
 def test_l2_random_numbers_stand_in_the_text():
     weights = parse(ROUT, SD, "webui", seed=4)
     assert all(f"{block}=0." in weights.text() for block in RANDOM) and "R" not in weights.text().replace("TER", "")
+
+
+def test_two_meanings_of_inspires_numbers_are_refused_in_its_own_dialect_too():
+    """It counts the blocks of the file that it has: a plain one or a LoCon one."""
+    with pytest.raises(TriLoRAError) as error:
+        parse("%in3=0", SD, "inspire")
+    first, *lines, last = str(error.value).splitlines()
+    assert "has 2 meanings" in first and lines == ["  inspire: default=1, IN04=0", "  inspire (LoCon files): default=1, IN03=0"]
+    assert "write the line that you mean" in last.lower() and "dialect" not in last
+    assert parse("%in1-2=0", SD, "inspire").text() == "default=1, IN01-IN02=0"  # the same in both
+    with pytest.raises(TriLoRAError, match="^preset 'mine': .*has 2 meanings"):
+        parse("mine", SD, "inspire", presets={"mine": "%in3=0"})
+    with pytest.raises(TriLoRAError, match="Choose the dialect realtime in Block Weights, or write"):
+        parse("%in3=0", SD)
+
+
+def test_a_random_preset_without_a_seed_has_one_fault():
+    for name in ("SD-ROUT", "LBW=SD-ROUT;", "LBW=1,1,1,1,1,1,1,1,R,R,R,R,R,R,R,R,R;"):
+        with pytest.raises(TriLoRAError) as error:
+            parse(name, SD)
+        assert "need a seed" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("tag", "text"),
+    [("<lora:x:1:lbw=MIDD>", "MIDD"), ("<lora:a b:0.5:0.7:LBW=0,0,0,0,0,0,0,0,0,0,A,B,0,0,0,0,0;A=0.5;B=0.2;>", "default=0, OUT05=0.5, OUT06=0.2"),
+     ("<lora:chunli:1.0:1.0:LBW=B11:0,0,0,0,0,0,0,0,0,0,A,0,0,0,0,0,0;A=.5;>", "default=0, OUT05=0.5"), ("lbw=MIDD:x=0.5", "MIDD"),
+     ("<lora:x:1:1:lbw=1,1,1,1,1,1,1,1,1,1,1,1,X,1,1,1,1:x=0.25>", "1,1,1,1,1,1,1,1,1,1,1,1,0.25,1,1,1,1"), ("<lora:x:te=1:unet=1:lbw=ROUT:x=1>", "ALL")],
+)  # fmt: skip
+def test_a_whole_tag_of_a_prompt(tag, text):
+    assert numbers(parse(tag, SD), SD) == numbers(parse(text, SD), SD)
+    assert parse(f" {tag}\n", SD, "inspire" if "LBW" in tag else "webui") == parse(tag, SD)
+
+
+@pytest.mark.parametrize(
+    ("tag", "words"),
+    [("lbw=MIDD:stop=10", "'stop=10' .*Adapter Hook"), ("<lora:x:1:lbw=MIDD:start=3>", "'start=3' .*Adapter Hook"), ("<lora:x:1:lbw=MIDD:step=3-7>", "Adapter Hook"),
+     ("lbw=MIDD:x=a", "'a' .*is not a number"), ("lbw=MIDD:lbwe=ATTNDEEPON", "'lbwe=ATTNDEEPON'"), ("<lora:x:1>", "no form that block weights"),
+     ("<lora:x:1:LBW=SD-MIDD;stop=3>", "'stop=3'")],
+)  # fmt: skip
+def test_what_else_stands_in_a_tag(tag, words):
+    with pytest.raises(TriLoRAError, match=words):
+        parse(tag, SD)
+
+
+def test_a_model_without_lists_says_so():
+    from comfyui_trilora.trilora_ops.blocks import Blocks
+
+    with pytest.raises(TriLoRAError, match="3 numbers are no list for this model. No list has a meaning for this model .mochi.; write default=1, B47=0.5"):
+        parse("1,2,3", Blocks.layout("Mochi"))

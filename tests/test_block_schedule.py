@@ -63,8 +63,18 @@ def test_a_text_of_several_lines():
     assert parse(".mlp: .5").rules[0][0] == ".mlp" and parse(".5").default == Curve(((0.0, 0.5),))
 
 
+def test_text_is_read_as_that_of_block_weights_is():
+    """Its characters, its numbers, its patterns with a ";" in them, its default."""
+    for text in ("IN: \u22121", "IN\uff1a -1", "IN \uff1a \u22121\uff1b"):
+        assert parse(text) == parse("IN: -1")
+    assert parse("IN\uff0cMID\uff1a 0\uff1a1\u3001 1\uff1a0") == parse("IN, MID: 0:1, 1:0") and parse("start\uff1d.2 stop=5/20") == parse("start=.2 stop=5/20")
+    schedule = parse(r"/a;b\/c/: 1; IN, /x;y/.: 0.5; stop=5/20; 1/4; DEFAULT: 3/4; OUT: 5/20")
+    assert schedule.rules == tuple((name, Curve(((0.0, value),))) for name, value in ((r"/a;b\/c/", 1.0), ("IN", 0.5), ("/x;y/.", 0.5), ("OUT", 0.25)))
+    assert schedule.default == Curve(((0.0, 0.75),)) and parse(schedule.text()) == schedule
+
+
 def test_random_schedules_round_trip():
-    generator, selectors = random.Random(4), ("IN04", "OUT.cross", "IN01-IN03.self", ".mlp", "/a:b,c/", "TE1.05", "default")
+    generator, selectors = random.Random(4), ("IN04", "OUT.cross", "IN01-IN03.self", ".mlp", "/a:b,;c/", "TE1.05", "default")
     for _ in range(200):
         lines = []
         for _ in range(generator.randint(1, 5)):
@@ -152,7 +162,7 @@ def test_too_few_switches_are_refused():
         ("1 -> 0 start=.2", "is not a number"),
         ("start=.2 end=.4", r"'end=\.4' is not a part of a window"),
         ("1e999", "too large"),
-        ("1/0", "too large"),
+        ("1/0", "'1/0' is no step of so many, such as 5/20"),
         ("0:nan, 1:0", "'nan' is not a number"),
     ],
 )

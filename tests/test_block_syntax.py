@@ -3,9 +3,8 @@
 import random
 
 import pytest
-from comfyui_trilora.trilora_ops.block_selectors import TEXT_ENCODERS
 from comfyui_trilora.trilora_ops.block_syntax import BlockWeights, parse, written
-from comfyui_trilora.trilora_ops.blocks import KINDS, LAYOUTS, Blocks, Place
+from comfyui_trilora.trilora_ops.blocks import KINDS, LAYOUTS, TEXT_GROUPS, Blocks, Place
 from comfyui_trilora.trilora_ops.errors import TriLoRAError
 
 SD, SDXL, FLUX, ZIMAGE = map(Blocks.layout, ("SD1.5", "SDXL", "Flux.1", "Z-Image"))
@@ -17,7 +16,7 @@ def place(block: str, kinds: str = "", name: str = "") -> Place:
 
 
 def without_text_encoder(blocks: Blocks) -> Blocks:
-    keep = {group: members for group, members in blocks.groups.items() if group not in TEXT_ENCODERS}
+    keep = {group: members for group, members in blocks.groups.items() if group not in TEXT_GROUPS}
     return Blocks(blocks.family, tuple(block for members in keep.values() for block in members), keep, blocks.kinds, _table=blocks._table)
 
 
@@ -111,7 +110,9 @@ def test_written_numbers_are_read_as_themselves(value):
 @pytest.mark.parametrize(
     ("text", "words"),
     [("IN12=1", "'IN12' names no block of this model .near it: .*IN11.*IN00-IN11, MID0-MID2, OUT00-OUT11, FINAL"), ("D00=1", "'D00' names no block"),
-     ("T5=0", "'T5' names no block"), ("IN04-IN12=1", "range 'IN04-IN12' .*'IN12' names no block"), ("IN-OUT=1", "range 'IN-OUT' goes from block to block"),
+     ("TE1.12=1", r"'TE1.12' names no block of this model .*TE1.00-TE1.EMB"), ("IN.4=1", "'IN.4' names no block of this model .near it: .*IN04"),
+     ("M00=1", "'M00' names no block of this model; here it is called MID"), ("base=1", "'base' names no .*called TE"), ("CLIP=1", "called TE"),
+     ("IN04-IN12=1", "range 'IN04-IN12' .*'IN12' names no block"), ("IN-OUT=1", "range 'IN-OUT' goes from block to block"),
      ("OUT.crss=1", "'crss' in 'OUT.crss' is no kind .*it has .*cross"), ("OUT.img=1", "'img' in 'OUT.img'"), ("IN04", "'IN04' is no preset and has no form"), ("IN04=1, OUT", "'OUT' is not selector=number"),
      ("=1", "'=1' is not selector=number"), ("IN04=", "'' in 'IN04=' is not a number"), ("IN04=x", "'x' in 'IN04=x' is not a number"), ("IN04=nan", "'nan'"),
      ("IN04=inf", "'inf'"), ("IN04=1e999", "too large"), ("IN04=1=2", "'1=2'"), ("/(/=1", "no regular expression"), ("/attn=1", "has no end"),
@@ -192,3 +193,54 @@ def test_random_rules_mean_what_they_say_and_round_trip(layout):
                     if block in ids and words <= kinds and (not pattern or "q" in name or "o" in name):
                         wanted = number
                 assert weights.at(Place(block, group, frozenset(kinds), name)) == wanted, (weights.text(), block)
+
+
+@pytest.mark.parametrize("keys", [["qwen3_06b", "qwen3_2b"], ["t5xxl", "umt5xxl"], ["clip_l", "jina_clip_v2", "gemma2_2b"]])
+def test_te_is_every_text_encoder_of_a_group_too(keys):
+    """Two language models are LLM and LLM2; TE means both, and neither is a part of the denoiser."""
+    model = [f"diffusion_model.core.layers.{n}.attn.q.weight" for n in range(3)]
+    clip = [f"{part}.layers.{n}.self_attn.q_proj.weight" for part in keys for n in range(2)]
+    blocks = Blocks.of([*model, *clip])
+    assert len(blocks.encoders) == len(keys) and len(blocks.groups) == len(keys) + 1
+    for text in ("TE=0.5", '{"text_encoder": 0.5}'):
+        weights = parse(text, blocks)
+        assert {weights.at(blocks.place(key)) for key in clip} == {0.5} and {weights.at(blocks.place(key)) for key in model} == {1.0}
+    weights = parse('{"transformer": 0.5}', blocks)
+    assert {weights.at(blocks.place(key)) for key in clip} == {1.0} and {weights.at(blocks.place(key)) for key in model} == {0.5}
+    assert parse(f"{blocks.place(clip[-1]).block}=0", blocks).at(blocks.place(clip[-1])) == 0
+
+
+def test_words_of_text_encoders_that_are_not_among_the_connected_ones_match_nothing():
+    """A CLIP of clip_l and clip_g alone is no stricter than none, and an encoder that is there has the layers it has."""
+    keep = {group: ids for group, ids in Blocks.layout("SD3 Medium").groups.items() if group != "T5"}
+    keys = [f"diffusion_model.joint_blocks.{n}.x_block.attn.qkv.weight" for n in range(24)]
+    keys += [f"{part}.transformer.text_model.encoder.layers.{n}.mlp.fc1.weight" for part in ("clip_l", "clip_g") for n in range(12)]
+    blocks = Blocks.of(keys)
+    assert blocks.encoders == ("TE1", "TE2") and "T5" not in keep
+    text = "T5=0.3, T5.03-T5.05.mlp=2, LLM.VIS=0, LLM.07.conv=4, T5.EMB=2, LLM2.01=5, TE1.03=0.25"
+    assert parse(text, blocks).text() == f"default=1, {text}" and changed(text, blocks) == ["TE1.03"]
+    for wrong in ("TE1.12=0", "TE2.32=1", "T5.64=1", "T6=1", "TE1.conv=0"):
+        with pytest.raises(TriLoRAError, match="names no block|no kind"):
+            parse(wrong, blocks)
+    assert changed("LLM.VIS.img=0, J03=0", Blocks.layout("SD3 Medium")) == ["J03"] and changed("LLM.VIS=0", ZIMAGE) == []
+
+
+@pytest.mark.parametrize("text", ["IN04={}", "{}=1", "IN04-{}=1", "OUT.{}=1", "/({}/=1", "{}", "IN04,{}", "lbw={}", "1,2,{}", "{{'{}", "up_lr_weight={}", "%{}=0", "%in{}=0", "@{}", "lbw=MIDD:{}=1", "LBW={};", "<lora:x:1:lbw={}>", '{{"unet": {{"{}": 1}}}}',
+                                  '{{"unet": "{}"}}', '["{}"]', "TE1.{}=0", "default={}", "TE1.00-{}=1", "@X:{}", "%in1-{}=0", "x\t{}\t1,1", "1" + ",0" * 15 + ",{}", "1" + ",0" * 15 + ",1 {}"])
+def test_a_very_long_word_or_number_is_cut_in_the_error(text):
+    for word in ("x9" * 2500, "9" * 5000):
+        with pytest.raises(TriLoRAError) as error:
+            parse(text.format(word), SD)
+        assert len(str(error.value)) < 1500
+
+
+def test_the_pattern_of_a_selector_is_compiled_once():
+    (selector, _), = parse("/to_q/=0", SD).rules
+    assert selector.compiled is selector.compiled and selector.matches(place("IN04", name="a.to_q")) and not selector.matches(place("IN04", name="a.to_k"))
+    assert selector == parse("/to_q/=1", SD).rules[0][0] and len({selector, parse("/to_q/=1", SD).rules[0][0]}) == 1
+
+
+@pytest.mark.parametrize("text", ["[" * 9000, '{"unet":' * 9000, "[1," + "2" * 5000 + "]", '{"unet": ' + "9" * 5000 + "}", '{"unet": ' + "9" * 400 + "}", '{"unet": 1e999}', "[NaN]"])
+def test_json_that_no_program_wrote_is_an_error_of_ours(text):
+    with pytest.raises(TriLoRAError):
+        parse(text, SD)

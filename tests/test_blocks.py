@@ -109,7 +109,7 @@ def test_a_fused_weight_is_neither_attention_nor_feed_forward_but_its_slices_are
     """Rows of a single block's linear1: q, k, v of h each, then 4 h of the feed-forward."""
     key = f"{M}single_blocks.20.linear1.weight"
     flux = Blocks.of([*SOME["flux"], key])
-    for start, length, kind in [(0, h, "attn"), (h, h, "attn"), (2 * h, h, "attn"), (0, 3 * h, "attn"), (3 * h, 4 * h, "mlp")]:
+    for start, length, kind in [(0, h, "attn"), (h, h, "attn"), (2 * h, h, "attn"), (0, 3 * h, "attn"), *((3 * h, m * h, "mlp") for m in (1, 2, 4, 6, 8))]:
         assert flux.place((key, (0, start, length))) == Place("S20", "S", frozenset({kind}), key.removesuffix(".weight"))
         assert flux.place((key, (0, start, length), abs)).kinds == {kind}
     for whole in (key, (key, None), (key, None, abs), f"{M}single_blocks.20.linear2.weight"):

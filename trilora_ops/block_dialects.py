@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
-from . import block_diffusers, block_kohya, block_vectors
-from .block_selectors import TEXT_ENCODERS
-from .block_syntax import BlockWeights, items, number, read_native, weights
+from . import block_diffusers, block_kohya, block_tags, block_vectors
+from .block_selectors import quoted
+from .block_syntax import CHARACTERS, BlockWeights, items, read_native, weights
 from .block_vectors import Tokens
-from .blocks import Blocks, Place
+from .blocks import TEXT_GROUPS, Blocks, Place
 from .errors import TriLoRAError
 
 DIALECTS = {
     "auto": "every dialect that can read the text for this model; an error where two of them differ",
     "native": "the canonical text: default=1, IN04-IN08=0.5, OUT.cross=0, TE1=0.8",
-    "webui": "lists of 12, 17, 20, 26 or 61 numbers with R, U, X; NAME:list; lbw=... (sd-webui-lora-block-weight)",
+    "webui": "lists of 12, 17, 20, 26 or 61 numbers with R, U, X; NAME:list; lbw=...:x=... (sd-webui-lora-block-weight)",
     "inspire": "lists of 12, 17, 20, 21, 27 or 58 numbers with A, B, R, U; LABEL:list; %default=1,in1-3=0.5; LBW=...;A=...;B=...; (Inspire-Pack)",
     "kohya": "lists of 25 or 23, JSON lists, down_lr_weight=..., train_double_block_indices=..., network_reg_dims=... (sd-scripts)",
     "realtime": "lists without BASE; %default=1.0, te1=0.5, in7-8=1.2, double7-12=1.2, layer18-25=1.2 (Realtime-Lora)",
@@ -39,17 +41,11 @@ def read(text: str, blocks: Blocks, dialect: str, *, a: float, b: float, seed: i
     tokens = Tokens(a, b, seed, presets)
     if text.strip() in presets:
         return _preset(text.strip(), blocks, dialect, tokens)
-    text = text.strip().translate(_FULL_WIDTH)
+    text = text.strip().translate(CHARACTERS)
     readings, faults = _readings(text, blocks, dialect, tokens)
     if not readings:
         raise TriLoRAError(_faults(faults) if faults else _no_reading(text, blocks, dialect, presets))
-    if dialect == "auto":
-        _refuse_two(text, readings, blocks)
-    return readings[0][1]
-
-
-# commas, equals signs, colons, semicolons and per cent signs as East Asian keyboards write them, and the printed minus
-_FULL_WIDTH = {0xFF0C: ",", 0x3001: ",", 0xFF1D: "=", 0xFF1A: ":", 0xFF1B: ";", 0xFF05: "%", 0x2212: "-"}
+    return _the_one(text, readings, blocks, dialect)
 
 
 def _readings(text: str, blocks: Blocks, dialect: str, tokens: Tokens) -> tuple[list[tuple[str, BlockWeights]], dict[str, str]]:
@@ -73,21 +69,22 @@ def _faults(faults: Mapping[str, str]) -> str:
 
 
 def _preset(name: str, blocks: Blocks, dialect: str, tokens: Tokens) -> BlockWeights:
-    """A preset is read as its own text would be; where the chosen dialect is not that of the preset, by any."""
-    text = tokens.presets[name].strip().translate(_FULL_WIDTH)
-    if dialect != "auto":
-        readings, _ = _readings(text, blocks, dialect, tokens)
-        if readings:
-            return readings[0][1]
-    if block_vectors.looks_like_a_list(text):  # as in the files of presets, where no list is kohya's
-        text = f"{name}:{text}"
+    """A preset is read as its own text would be, which names no preset; where the chosen dialect is not that of the preset, by any."""
+    text = tokens.presets[name].strip().translate(CHARACTERS)
     try:
+        if dialect != "auto":
+            readings, _ = _readings(text, blocks, dialect, replace(tokens, presets={}))
+            if readings:
+                return _the_one(text, readings, blocks, dialect)
+        if block_vectors.looks_like_a_list(text):  # as in the files of presets, where no list is kohya's
+            text = f"{name}:{text}"
         return read(text, blocks, "auto", a=tokens.a, b=tokens.b, seed=tokens.seed, presets={})
     except TriLoRAError as fault:
-        raise TriLoRAError(f"preset {name!r}: {fault}") from None
+        raise TriLoRAError(f"preset {name!r}: {str(fault).removeprefix('block weights: ')}") from None
 
 
-def _refuse_two(text: str, readings: list[tuple[str, BlockWeights]], blocks: Blocks) -> None:
+def _the_one(text: str, readings: list[tuple[str, BlockWeights]], blocks: Blocks, dialect: str) -> BlockWeights:
+    """What all readings say. Raises TriLoRAError that shows them where two differ, and what makes it clear."""
     different: list[tuple[list[str], BlockWeights]] = []
     for name, reading in readings:
         names = next((names for names, other in different if _same(reading, other, blocks)), None)
@@ -97,8 +94,12 @@ def _refuse_two(text: str, readings: list[tuple[str, BlockWeights]], blocks: Blo
             names.append(name)
     if len(different) > 1:
         shown = "\n".join(f"  {', '.join(dict.fromkeys(names))}: {reading.text()}" for names, reading in different)
-        raise TriLoRAError(f"block weights: {text!r} has {len(different)} meanings for this model:\n{shown}\n"
-                           "Choose the dialect in Block Weights, or write the line that you mean.")
+        count = Counter(program for names, _ in different for program in {name.split()[0] for name in names})
+        clear = [name for name, meanings in count.items() if meanings == 1] if dialect == "auto" else []
+        choice = f"Choose the dialect {' or '.join(clear)} in Block Weights, or write" if clear else "Write"
+        raise TriLoRAError(f"block weights: {quoted(text)} has {len(different)} meanings for this model:\n{shown}\n"
+                           f"{choice} the line that you mean, as it stands behind its colon.")
+    return readings[0][1]
 
 
 def _same(first: BlockWeights, second: BlockWeights, blocks: Blocks) -> bool:
@@ -108,24 +109,30 @@ def _same(first: BlockWeights, second: BlockWeights, blocks: Blocks) -> bool:
     if not all(selector.is_whole for reading in (first, second) for selector, _ in reading.rules):
         return False
     places = [Place(block, group, frozenset(), "") for group, members in blocks.groups.items() for block in members]
-    places += [Place(group, group, frozenset(), "") for group in TEXT_ENCODERS if group not in blocks.groups]
+    places += [Place(group, group, frozenset(), "") for group in TEXT_GROUPS if group not in blocks.groups]
     return all(first.at(place) == second.at(place) for place in places)
 
 
 def _no_reading(text: str, blocks: Blocks, dialect: str, presets: Mapping[str, str]) -> str:
-    takes = f"This model ({blocks.family}) takes lists of {block_vectors.lengths(blocks)}; or write default=1, {_example(blocks)}=0.5"
-    written = repr(text if len(text) < 100 else f"{text[:90]} ...")
+    lists = block_vectors.lengths(blocks)
+    example = f"write default=1, {_example(blocks)}=0.5"
+    takes = f"This model ({blocks.family}) takes lists of {lists}; or {example}" if lists else f"No list has a meaning for this model ({blocks.family}); {example}"
+    written = quoted(text)
     if text.startswith("@"):
         return f"block weights: {written} stands for the lines of a test, of which each is a text of its own; it can only stand in Block Weights"
     bare = text.partition(":")[2] if ":" in text else text
     if block_vectors.looks_like_a_list(bare):
         size = len(block_vectors.fields(bare))
+        if dialect == "auto" and ":" in text and any(kind.dialect == "kohya" and len(kind.slots) == size for kind in block_vectors.lists_of(blocks)):
+            return (f"block weights: {size} numbers with a name are no list for this model: kohya alone has one of {size}, and kohya's lists have no names. "
+                    f"Choose the dialect kohya if it is a preset and kohya's, leave out the name if it stands here; or {example}")
         names = ", ".join(block_vectors.models_with(size))
         whose = "" if dialect == "auto" else f" of dialect {dialect}"
         return f"block weights: {size} numbers are no list{whose} for this model{f'; they are one for {names}' if names else ''}. {takes}"
     from difflib import get_close_matches  # for an error only
 
-    near = get_close_matches(text, list(presets), 4, 0.4)
+    spellings = {name.lower(): name for name in presets}
+    near = [spellings[name] for name in get_close_matches(text[:60].lower(), list(spellings), 4, 0.4)]
     offered = f"; presets near it: {', '.join(near)}" if near else ""
     if dialect != "auto":
         return f"block weights: {written} is no preset and no text of dialect {dialect} for this model{offered}; {dialect} means {DIALECTS[dialect]}"
@@ -133,12 +140,12 @@ def _no_reading(text: str, blocks: Blocks, dialect: str, presets: Mapping[str, s
 
 
 def _example(blocks: Blocks) -> str:
-    group = next(iter(block_vectors.MAIN.get(blocks.family, blocks.groups)), "default")
-    return blocks.groups.get(group, (group,))[-1]
+    main = block_vectors.MAIN.get(blocks.family, [group for group in blocks.groups if group not in blocks.encoders and blocks.groups[group][0][-1].isdigit()])
+    return blocks.groups[main[0]][-1] if main and main[0] in blocks.groups else "TE"
 
 
 def _native(text: str, blocks: Blocks, tokens: Tokens) -> BlockWeights | None:
-    if text[0] in "{[%@" or "=" not in text or text.startswith(("LBW=", "lbw=")) or block_kohya.arguments(text):
+    if text[0] in "{[%@" or "=" not in text or block_tags.is_tag(text) or block_kohya.arguments(text):
         return None
     return read_native(text, blocks)
 
@@ -152,31 +159,6 @@ def _list(dialect: str) -> Callable:
             text = rest
         return block_vectors.read_list(text, blocks, dialect, tokens)
     return reader
-
-
-def _webui_tag(text: str, blocks: Blocks, tokens: Tokens) -> BlockWeights | None:
-    """`lbw=list or preset`, as it stands in a prompt of webui."""
-    return _tagged(text[4:], blocks, "webui", tokens) if text.startswith("lbw=") else None
-
-
-def _inspire_tag(text: str, blocks: Blocks, tokens: Tokens) -> BlockWeights | None:
-    """`LBW=list or preset;A=0.5;B=0.2;`, as it stands in a prompt for Impact-Pack's wildcards."""
-    if not text.startswith("LBW="):
-        return None
-    given = {}
-    for part in filter(None, map(str.strip, text.split(";"))):
-        name, _, value = (word.strip() for word in part.partition("="))
-        if name.upper() not in ("LBW", "A", "B") or name.upper() in given:
-            raise TriLoRAError(f"block weights: {part!r} in {text!r}: write LBW=, A= and B=, each once, with ';' between them")
-        given[name.upper()] = value
-    a, b = (number(given[name], text) if name in given else default for name, default in (("A", tokens.a), ("B", tokens.b)))
-    return _tagged(given["LBW"], blocks, "inspire", Tokens(a, b, tokens.seed, tokens.presets))
-
-
-def _tagged(text: str, blocks: Blocks, dialect: str, tokens: Tokens) -> BlockWeights:
-    if not text.strip():
-        raise TriLoRAError("block weights: a list or the name of a preset must follow LBW=")
-    return read(text, blocks, dialect, a=tokens.a, b=tokens.b, seed=tokens.seed, presets=tokens.presets)
 
 
 _INSPIRE = {"in": "IN", "mid": "MID", "out": "OUT", "double": "D", "single": "S"}
@@ -194,14 +176,14 @@ def _inspire_spec(position: int) -> Callable:
         for name, value in given:
             if name in ("default", "base"):
                 continue
-            word = re.fullmatch(r"(in|mid|out|double|single)(?:(\d+)(?:-(\d+))?)?", name)
+            word = re.fullmatch(r"(in|mid|out|double|single)(?:(\d{1,9})(?:-(\d{1,9}))?)?", name)
             group = _INSPIRE[word[1]] if word else ""
             if group not in block_vectors.MAIN[blocks.family]:
-                raise TriLoRAError(f"block weights: {name!r} in {text!r} is none of Inspire's words for this model")
+                raise TriLoRAError(f"block weights: {quoted(name)} in {quoted(text)} is none of Inspire's words for this model")
             numbered = [slot for slot in lists[position].slots if slot.startswith(group)]
             first, last = (int(word[2]), int(word[3] or word[2])) if word[2] else (1, len(numbered))
             if not 1 <= first <= last <= len(numbered):
-                raise TriLoRAError(f"block weights: {name!r} in {text!r}: Inspire counts {word[1]}1 to {word[1]}{len(numbered)} here, "
+                raise TriLoRAError(f"block weights: {quoted(name)} in {quoted(text)}: Inspire counts {word[1]}1 to {word[1]}{len(numbered)} here, "
                                    f"which are {', '.join(numbered)}")
             places += [(block, value) for block in numbered[first - 1 : last]] if word[2] else [(group, value)]
         return block_vectors.compact(default, places, blocks)
@@ -217,7 +199,7 @@ _REALTIME = {"double": "D", "single": "S", "layer": "L", "block": "B", "in": "IN
 
 def _realtime_named(text: str, blocks: Blocks, tokens: Tokens) -> BlockWeights | None:
     """`%default=1.0, te1=0.5, in7-8=1.2, other=0`: the model's own numbers, from 0."""
-    if "=" not in text or text[0] in "{[@/":
+    if "=" not in text or text[0] in "{[@/" or block_tags.is_tag(text) or block_kohya.arguments(text):
         return None
     default, places = 1.0, []
     for name, value in items(text.removeprefix("%")):
@@ -229,7 +211,7 @@ def _realtime_named(text: str, blocks: Blocks, tokens: Tokens) -> BlockWeights |
         elif word and _REALTIME[word[1]] in (*blocks.groups, "TE"):
             places.append((_REALTIME[word[1]] + (word[2] or ""), value))
         elif text.startswith("%"):
-            raise TriLoRAError(f"block weights: {name!r} in {text!r} is no word for this model; it has {', '.join(blocks.groups)}")
+            raise TriLoRAError(f"block weights: {quoted(name)} in {quoted(text)} is no word for this model; it has {', '.join(blocks.groups)}")
         else:
             return None
     return weights(default, places, blocks)
@@ -246,14 +228,14 @@ def _kohya_json(text: str, blocks: Blocks, tokens: Tokens) -> BlockWeights | Non
         return None
     try:
         numbers = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise TriLoRAError(f"block weights: {text[:40]!r} is no JSON list ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise TriLoRAError(f"block weights: {quoted(text)} is no JSON list ({error})") from None
     return block_vectors.read_list(",".join(map(str, numbers)), blocks, "kohya JSON", tokens)
 
 
 # in the order in which a reading is preferred among equal ones
 READERS: tuple[tuple[str, Callable[[str, Blocks, Tokens], BlockWeights | None]], ...] = (
-    ("native", _native), ("inspire", _list("inspire")), ("webui", _list("webui")), ("inspire", _inspire_tag), ("webui", _webui_tag), ("inspire", _inspire_spec(0)),
+    ("native", _native), ("inspire", _list("inspire")), ("webui", _list("webui")), ("inspire", block_tags.inspire), ("webui", block_tags.webui), ("inspire", _inspire_spec(0)),
     ("inspire (LoCon files)", _inspire_spec(-1)), ("kohya", _list("kohya")), ("kohya", _kohya_json), ("kohya", block_kohya.read),
     ("realtime", _list("realtime")), ("realtime", _realtime_named), ("diffusers", block_diffusers.read), ("tabs", _tabs),
 )

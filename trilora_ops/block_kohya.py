@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 
+from .block_selectors import quoted
 from .block_syntax import BlockWeights, number, weights
 from .block_vectors import MAIN, Tokens, fields, runs
 from .blocks import Blocks
@@ -42,7 +43,7 @@ def read(text: str, blocks: Blocks, tokens: Tokens) -> BlockWeights | None:
     trained = _TRAINED.get(blocks.family, {})
     if "train_blocks" in given:
         if given["train_blocks"] not in trained:
-            raise TriLoRAError(f"block weights: train_blocks={given['train_blocks']!r}: this model knows {', '.join(trained) or 'no train_blocks'}")
+            raise TriLoRAError(f"block weights: train_blocks={quoted(given['train_blocks'])}: this model knows {', '.join(trained) or 'no train_blocks'}")
         rules += [(group, 0.0) for group in trained["all"] if group not in trained[given["train_blocks"]] and group in blocks.groups]
     for name, group in (("train_double_block_indices", "D"), ("train_single_block_indices", "S"), ("train_block_indices", MAIN.get(blocks.family, ("",))[0])):
         if name in given:
@@ -79,10 +80,10 @@ def _indices(name: str, text: str, count: int) -> list[float]:
         return [float(text == "all")] * count
     chosen = [0.0] * count
     for part in fields(text):
-        found = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", part)
+        found = re.fullmatch(r"(\d{1,9})(?:\s*-\s*(\d{1,9}))?", part)
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, -1)
         if not first <= last < count:
-            raise TriLoRAError(f"block weights: {part!r} in {name}={text} is no block or range of blocks; this model has 0 to {count - 1}")
+            raise TriLoRAError(f"block weights: {quoted(part)} in {name} is no block or range of blocks; this model has 0 to {count - 1}")
         chosen[first : last + 1] = [1.0] * (last + 1 - first)
     return chosen
 
@@ -95,7 +96,7 @@ def _patterns(name: str, text: str, blocks: Blocks) -> list[tuple[str, float]]:
     for pair in filter(None, map(str.strip, text.split(","))):
         pattern, equals, value = pair.partition("=")
         if not equals or not pattern:
-            raise TriLoRAError(f"block weights: {pair!r} in {name} is not pattern=number; a pattern there can hold neither a comma nor '='")
+            raise TriLoRAError(f"block weights: {quoted(pair)} in {name} is not pattern=number; a pattern there can hold neither a comma nor '='")
         rules.append((f"/{_target_pattern(pattern.strip(), blocks)}/", number(value.strip(), pair)))
     return rules[::-1]
 

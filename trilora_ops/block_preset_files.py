@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from .block_selectors import quoted
 from .block_vectors import fields, looks_like_a_list, models_with
 from .errors import TriLoRAError
 
@@ -53,6 +54,9 @@ def preset_lines(text: str) -> list[PresetLine]:
 def _fault(preset: PresetLine, earlier: dict[str, PresetLine]) -> str:
     if not preset.name or not preset.text:
         return "no preset; write NAME:weights, such as FACE:default=0, OUT03-OUT05=1"
+    if all(re.fullmatch(r"[^:=]*:[^:=]*:[^:=]*", rule) for rule in preset.text.split(",")):
+        return (f"{preset.name!r} is one of webui's elemental presets (blocks:words of keys:number), which are not read; write it with the words of Block "
+                "Weights, such as IN05-OUT05.attn=1")
     same = earlier.get(preset.name)
     if same and same.text != preset.text:
         return f"{preset.name!r} has another meaning in line {same.line}; rename one of them"
@@ -68,17 +72,17 @@ def lines_of_test(text: str) -> list[tuple[str, str]]:
     places within slot b, slot 1 being BASE. Raises TriLoRAError for an n of which Inspire has no list, and a slot that
     the list has not: some of the lines that circulate leave out BASE in their counts.
     """
-    found = re.fullmatch(r"@[^:]*:\s*(\d+)\s*(?:,\s*(\d+)\s*,\s*(\d+)\s*)?", text.strip())
+    found = re.fullmatch(r"@[^:]*:\s*(\d{1,9})\s*(?:,\s*(\d{1,9})\s*,\s*(\d{1,9})\s*)?", text.strip())
     if not found:
-        raise TriLoRAError(f"block weights: {text!r} is no test line; write @NAME:17, or @NAME:17,12,8 for 12 places within slot 8")
+        raise TriLoRAError(f"block weights: {quoted(text)} is no test line; write @NAME:17, or @NAME:17,12,8 for 12 places within slot 8")
     size = int(found[1])
     if size not in _INSPIRE:
         counted = f"; with BASE, which is slot 1, it would be {size + 1}" if size + 1 in _INSPIRE else ""
-        raise TriLoRAError(f"block weights: {text!r}: no list of Inspire's has {size} slots, they have {', '.join(map(str, _INSPIRE))}{counted}")
+        raise TriLoRAError(f"block weights: {quoted(text)}: no list of Inspire's has {size} slots, they have {', '.join(map(str, _INSPIRE))}{counted}")
     if not found[2]:
         return [(f"B{slot}", ",".join("A" if slot == other else "0" for other in range(1, size + 1))) for slot in range(1, size + 1)]
     inner, slot = int(found[2]), int(found[3])
     if not 1 <= slot <= size or not inner:
-        raise TriLoRAError(f"block weights: {text!r}: slot {slot} of a list of {size} does not exist, or has no places; slots count from 1, which is BASE")
+        raise TriLoRAError(f"block weights: {quoted(text)}: slot {slot} of a list of {size} does not exist, or has no places; slots count from 1, which is BASE")
     one_hot = [" ".join("A" if place == other else "0" for other in range(inner)) for place in range(inner)]
     return [(f"B{slot}.{place}", ",".join(places if slot == other else "0" for other in range(1, size + 1))) for place, places in enumerate(one_hot, 1)]

@@ -23,8 +23,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .block_selectors import Selector, Selectors
-from .block_syntax import written
+from .block_selectors import Selector, Selectors, quoted
+from .block_syntax import CHARACTERS, NUMBER, default_and_rules, number, written
 from .blocks import Blocks, Place
 from .errors import TriLoRAError
 
@@ -37,8 +37,9 @@ EASINGS = {
     "step": lambda x: 0.0,
 }
 _CURVES = "write a number, points like 0:1, 0.4:1, 0.6:0, a change like 1 -> 0 cosine, or a window like start=0.2 stop=0.6"
-_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?(?:/\d+)?"
-_HEAD = re.compile(r"\s*((?:/(?:\\.|[^\\/])+/[^,:]*|[^/,:]+)(?:,\s*(?:/(?:\\.|[^\\/])+/[^,:]*|[^/,:]+))*):(.*)", re.DOTALL)
+_SELECTOR = r"(?:/(?:\\.|[^\\/\n])+/[^,:;\n]*|[^/,:;\n]+)"  # a /pattern/ may hold every sign that parts others
+_HEAD = rf"({_SELECTOR}(?:,[ \t]*{_SELECTOR})*):"
+_LINE = re.compile(rf"\s*((?:{_HEAD})?[^;\n]*)[;\n]?")
 
 
 @dataclass(frozen=True)
@@ -114,17 +115,15 @@ def parse(text: str) -> Schedule:
 
     Raises TriLoRAError, with the line, for what is no curve. Whether the selectors match anything is asked by `Schedule.on`.
     """
-    default, rules = Curve(), []
-    for line in filter(None, map(str.strip, re.split(r"[;\n]", text))):
-        try:
-            selectors, curve = _read_line(line)
-        except TriLoRAError as error:
-            raise _in_line(line, error) from None
-        for selector in selectors:
-            if selector.lower() == "default":
-                default = curve
-            else:
-                rules.append((selector, curve))
+    named: list[tuple[str, Curve]] = []
+    for match in _LINE.finditer(text.translate(CHARACTERS)):
+        if line := match[1].strip():
+            try:
+                selectors, curve = _read_line(line)
+            except TriLoRAError as error:
+                raise _in_line(line, error) from None
+            named += [(selector, curve) for selector in selectors]
+    default, rules = default_and_rules(named, Curve())
     return Schedule(default, tuple(rules))
 
 
@@ -162,12 +161,11 @@ def _without_repeats(found) -> tuple[tuple[float, float], ...]:
 
 def _read_line(line: str) -> tuple[list[str], Curve]:
     """(selectors, curve) of one line; without a selector it is for `default`."""
-    match = _HEAD.fullmatch(line)
+    match = re.match(_HEAD, line)
     # a point's time and a window's words are no selectors
-    if not match or re.fullmatch(_NUMBER, match[1].strip()) or "=" in match[1] and not match[1].startswith("/"):
+    if not match or re.fullmatch(NUMBER, match[1].strip()) or "=" in match[1] and not match[1].startswith("/"):
         return ["default"], read_curve(line)
-    selectors = [text.strip() for text in re.findall(r"\s*(?:/(?:\\.|[^\\/])+/[^,]*|[^,]+)", match[1])]
-    return selectors, read_curve(match[2])
+    return [text.strip() for text in re.findall(rf"\s*{_SELECTOR}", match[1])], read_curve(line[match.end() :])
 
 
 def read_curve(text: str) -> Curve:
@@ -188,7 +186,7 @@ def read_curve(text: str) -> Curve:
         return _normal([(_time(t), _number(strength)) for t, _, strength in (token.partition(":") for token in tokens)], easing)
     if len(tokens) == 1:
         return _normal([(0.0, _number(tokens[0]))], easing)
-    raise TriLoRAError(f"{text.strip()!r} is no curve; {_CURVES}")
+    raise TriLoRAError(f"{quoted(text.strip())} is no curve; {_CURVES}")
 
 
 def _window(tokens: Sequence[str]) -> Curve:
@@ -202,7 +200,7 @@ def _window(tokens: Sequence[str]) -> Curve:
         elif word.lower() == "step" and len(ends := value.split("-")) == 2:
             times["start"], times["stop"] = map(_time, ends)
         else:
-            raise TriLoRAError(f"{token!r} is not a part of a window; write for example 0.8 start=0.2 stop=0.6, or step=0.2-0.6; "
+            raise TriLoRAError(f"{quoted(token)} is not a part of a window; write for example 0.8 start=0.2 stop=0.6, or step=0.2-0.6; "
                                "to rise and fall slowly, write points: 0.2:1, 0.6:0 cosine")
     if times["start"] >= times["stop"]:
         raise TriLoRAError(f"start={written(times['start'])} is not before stop={written(times['stop'])}, so the window is empty; exchange them, or write 0")
@@ -231,26 +229,24 @@ def _normal(points: list[tuple[float, float]], easing: str) -> Curve:
 def _time(text: str) -> float:
     t = _number(text)
     if not 0 <= t <= 1:
-        raise TriLoRAError(f"{text!r} is not a fraction of sampling, 0 to 1; write a step with the number of steps: 5 of 20 is 5/20")
+        raise TriLoRAError(f"{quoted(text)} is not a fraction of sampling, 0 to 1; write a step with the number of steps: 5 of 20 is 5/20")
     return t
 
 
 def _number(text: str) -> float:
-    if not re.fullmatch(_NUMBER, text):
-        raise TriLoRAError(f"{text!r} is not a number; {_CURVES}")
-    above, _, below = text.partition("/")
-    value = float(above) / float(below or 1) if float(below or 1) else math.inf
-    if not math.isfinite(value):
-        raise TriLoRAError(f"{text!r} is too large")
-    return value
+    above, slash, below = text.partition("/")
+    value = number(above, text)
+    if slash and not re.fullmatch(r"0*[1-9]\d*", below):
+        raise TriLoRAError(f"{quoted(text)} is no step of so many, such as 5/20")
+    return value / number(below, text) if slash else value
 
 
 def _easing(text: str) -> str:
     name = {"ease_in_out": "cosine"}.get(text.lower().replace("-", "_"), text.lower().replace("-", "_"))
     if name not in EASINGS:
-        raise TriLoRAError(f"{text!r} is no easing; choose one of {', '.join(EASINGS)}")
+        raise TriLoRAError(f"{quoted(text)} is no easing; choose one of {', '.join(EASINGS)}")
     return name
 
 
 def _in_line(line: str, error: TriLoRAError) -> TriLoRAError:
-    return TriLoRAError(f"schedule, in the line {line!r}: {str(error).removeprefix('block weights: ')}")
+    return TriLoRAError(f"schedule, in the line {quoted(line)}: {str(error).removeprefix('block weights: ')}")

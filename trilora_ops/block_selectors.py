@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
 
-from .blocks import KINDS, Blocks, Place
+from .blocks import EMB, KINDS, TEXT_GROUPS, VISION, Blocks, Place
 from .errors import TriLoRAError
 
-TEXT_ENCODERS = ("TE1", "TE2", "T5", "LLM")
-# the layers that a text encoder can have where none is connected: its words are then read, and match nothing
+# the layers that a text encoder can have which is not connected: its words are then read, and match nothing
 _LAYERS = 64
+# what other programs call blocks -> what they are here
+_ELSEWHERE = {"M00": "MID", "BASE": "TE", "CLIP": "TE"}
+_LONGEST = 80  # of what an error repeats
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,11 @@ class Selector:
         return self.blocks is None or place.block in self.blocks or place.group in self.blocks
 
     def matches(self, place: Place) -> bool:
-        return self.covers(place) and self.kinds <= place.kinds and (not self.pattern or bool(re.search(self.pattern, place.name)))
+        return self.covers(place) and self.kinds <= place.kinds and (not self.pattern or bool(self.compiled.search(place.name)))
+
+    @cached_property
+    def compiled(self) -> re.Pattern:
+        return re.compile(self.pattern)
 
     @property
     def is_whole(self) -> bool:
@@ -38,16 +45,25 @@ class Selector:
 
 
 class Selectors:
-    """Reads selectors for the blocks of one model. Case and leading zeros of numbers do not matter."""
+    """Reads selectors for the blocks of one model. Case and leading zeros of numbers do not matter.
+
+    A text is for a model with any of its text encoders connected, or none: words of those that are not match nothing.
+    """
 
     def __init__(self, blocks: Blocks):
         self.blocks = blocks
-        self.has_text_encoder = any(group in blocks.groups for group in TEXT_ENCODERS)
-        self.ids = blocks.ids if self.has_text_encoder else (*_layers_of_any_text_encoder(), *blocks.ids)
-        groups = (*blocks.groups, "TE") if self.has_text_encoder else (*blocks.groups, "TE", *TEXT_ENCODERS)
-        self._exact = {name.lower(): name for name in (*self.ids, *groups)}
-        self._loose = {_plain(name): name for name in (*self.ids, *groups)}
+        texts = dict.fromkeys((*TEXT_GROUPS, *blocks.encoders))
+        self._text_ids = [block for group in texts for block in blocks.groups.get(group, _layers_of_any(group))]
+        if "LLM" in blocks.encoders and (vision := f"LLM.{VISION}") not in self._text_ids:
+            self._text_ids.insert(self._text_ids.index(blocks.groups["LLM"][-1]) + 1, vision)
+        of_encoders = set(self._text_ids)
+        self.ids = (*self._text_ids, *(block for block in blocks.ids if block not in of_encoders))
+        self._encoders = frozenset(texts)
+        names = dict.fromkeys((*self.ids, *texts, *blocks.groups, "TE"))
+        self._exact = {name.lower(): name for name in names}
+        self._loose = {_plain(name): name for name in names}
         self._positions = {block: position for position, block in enumerate(self.ids)}
+        self._there = {*blocks.ids, *blocks.groups, None, *(["TE"] if blocks.encoders else [])}
 
     def read(self, text: str) -> Selector:
         """Raises TriLoRAError for a word that names no block, group or kind of the model, and for a bad pattern."""
@@ -61,8 +77,7 @@ class Selectors:
         kinds = self._kinds(rest, text, name)
         if not name:
             return Selector(_with_kinds("", kinds), None, kinds)
-        members = frozenset(TEXT_ENCODERS) if name == "TE" else frozenset({name})
-        return Selector(_with_kinds(name, kinds), members, kinds)
+        return Selector(_with_kinds(name, kinds), self._encoders if name == "TE" else frozenset({name}), kinds)
 
     def _range(self, text: str) -> Selector:
         left, _, right = text.partition("-")
@@ -74,7 +89,7 @@ class Selectors:
             rest = dot + rest
         for word, block in ((left, first), (right, last)):
             if block not in self._positions:
-                raise TriLoRAError(f"block weights: the range {text!r} goes from block to block, and {self._unknown(word).partition(': ')[2]}")
+                raise TriLoRAError(f"block weights: the range {quoted(text)} goes from block to block, and {self._unknown(word).partition(': ')[2]}")
         start, end = sorted((self._positions[first], self._positions[last]))
         members = self.ids[start : end + 1]
         kinds = self._kinds(rest, text, first)
@@ -96,32 +111,40 @@ class Selectors:
 
     def _kinds(self, text: str, item: str, name: str | None) -> frozenset[str]:
         kinds = frozenset(word.strip().lower() for word in text.split(".")[1:])
-        # a text encoder that is not connected may have any kind
-        there = self.blocks.kinds if self.has_text_encoder or not name or not name.startswith(("TE", *TEXT_ENCODERS)) else frozenset(KINDS)
+        if any(kind.isdigit() for kind in kinds):  # TE1.12 of an encoder with 12 layers, IN.4
+            raise TriLoRAError(self._unknown(item))
+        there = self.blocks.kinds if name in self._there else frozenset(KINDS)  # what is not connected may have any kind
         for kind in sorted(kinds - there):
-            raise TriLoRAError(f"block weights: {kind!r} in {item!r} is no kind of layer of this model; it has {', '.join(sorted(there))}")
+            raise TriLoRAError(f"block weights: {quoted(kind)} in {quoted(item)} is no kind of layer of this model; it has {', '.join(sorted(there))}")
         return kinds
 
     def _unknown(self, text: str) -> str:
         from difflib import get_close_matches  # for an error only
 
         there = [f"{members[0]}-{members[-1]}" if len(members) > 1 else members[0] for members in self.blocks.groups.values()]
-        near = get_close_matches(text.strip().upper(), [*self._exact.values()], 3)
-        near_words = f" (near it: {', '.join(near)})" if near else ""
-        return f"block weights: {text.strip()!r} names no block of this model{near_words}; it has {', '.join(there)}"
+        word = text.strip().upper()
+        near = get_close_matches(word.replace(".", ""), sorted(self._there - {None}), 3) if len(word) <= _LONGEST else []
+        meant = self._find(_ELSEWHERE.get(word, ""))
+        hint = f"; here it is called {meant}" if meant else f" (near it: {', '.join(near)})" if near else ""
+        return f"block weights: {quoted(text.strip())} names no block of this model{hint}; it has {', '.join(there)}"
+
+
+def quoted(text: str) -> str:
+    """Text as an error repeats it, in quotes, and cut where it is very long."""
+    return repr(text if len(text) <= _LONGEST else f"{text[:_LONGEST - 10]} ...")
 
 
 def _pattern(text: str, names: Collection[str]) -> Selector:
     """names: of the model's weights, empty = unknown."""
     pattern = text[1:-1]
     if len(text) < 3 or not text.endswith("/"):
-        raise TriLoRAError(f"block weights: the pattern {text!r} has no end; write /pattern/=number, and \\/ for a slash in it")
+        raise TriLoRAError(f"block weights: the pattern {quoted(text)} has no end; write /pattern/=number, and \\/ for a slash in it")
     try:
         search = re.compile(pattern).search
     except re.error as error:
-        raise TriLoRAError(f"block weights: the pattern {text!r} is no regular expression ({error})") from None
+        raise TriLoRAError(f"block weights: the pattern {quoted(text)} is no regular expression ({error})") from None
     if names and not any(map(search, names)):
-        raise TriLoRAError(f"block weights: the pattern {text!r} is found in no weight's name, such as {min(names)}; correct it, or connect CLIP if it is "
+        raise TriLoRAError(f"block weights: the pattern {quoted(text)} is found in no weight's name, such as {min(names)}; correct it, or connect CLIP if it is "
                            "for the text encoder")
     return Selector(text, pattern=pattern)
 
@@ -130,9 +153,11 @@ def _with_kinds(name: str, kinds: Iterable[str]) -> str:
     return name + "".join(f".{kind}" for kind in sorted(kinds))
 
 
+@lru_cache(maxsize=4096)
 def _plain(word: str) -> str:
     return re.sub(r"(?<!\d)0+(?=\d)", "", word.lower())
 
 
-def _layers_of_any_text_encoder() -> list[str]:
-    return [f"{group}.{layer}" for group in TEXT_ENCODERS for layer in (*(f"{n:02d}" for n in range(_LAYERS)), "EMB")]
+@cache
+def _layers_of_any(group: str) -> list[str]:
+    return [f"{group}.{part}" for part in (*(f"{n:02d}" for n in range(_LAYERS)), EMB, *([VISION] if group == "LLM" else []))]

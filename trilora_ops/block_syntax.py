@@ -14,11 +14,17 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 from .block_presets import BUILT_IN
-from .block_selectors import Selector, Selectors
+from .block_selectors import Selector, Selectors, quoted
 from .blocks import Blocks, Place
 from .errors import TriLoRAError
+
+NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+# commas, equals signs, colons, semicolons and per cent signs as East Asian keyboards write them, and the printed minus
+CHARACTERS = {0xFF0C: ",", 0x3001: ",", 0xFF1D: "=", 0xFF1A: ":", 0xFF1B: ";", 0xFF05: "%", 0x2212: "-"}
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -84,19 +90,25 @@ def expand(text: str, blocks: Blocks, dialect: str = "auto", *, a: float = 1.0, 
 
 def read_native(text: str, blocks: Blocks) -> BlockWeights:
     """The canonical form. Raises TriLoRAError for an item without a number and a selector that names no block."""
-    default, rules, selectors = 1.0, [], Selectors(blocks)
-    for name, value in items(text):
-        if name.lower() == "default":
-            default = value
-        else:
-            rules.append((selectors.read(name), value))
-    return BlockWeights(default, tuple(rules))
+    default, named = default_and_rules(items(text), 1.0)
+    return weights(default, named, blocks)
 
 
 def weights(default: float, values: Iterable[tuple[str, float]], blocks: Blocks) -> BlockWeights:
     """The same from (selector, number) pairs, as the readers of other dialects make them."""
     selectors = Selectors(blocks)
     return BlockWeights(default, tuple((selectors.read(name), value) for name, value in values))
+
+
+def default_and_rules(named: Iterable[tuple[str, _Value]], default: _Value) -> tuple[_Value, list[tuple[str, _Value]]]:
+    """What the word `default`, which may stand anywhere, was given last; and all else in its order."""
+    rules = []
+    for name, value in named:
+        if name.lower() == "default":
+            default = value
+        else:
+            rules.append((name, value))
+    return default, rules
 
 
 def items(text: str) -> list[tuple[str, float]]:
@@ -108,18 +120,19 @@ def items(text: str) -> list[tuple[str, float]]:
         if not name and not value:
             continue
         if not equals or not name:
-            raise TriLoRAError(f"block weights: {item.strip()!r} is not selector=number; write for example IN04-IN08=0.5")
+            raise TriLoRAError(f"block weights: {quoted(item.strip())} is not selector=number; write for example IN04-IN08=0.5")
         found.append((name, number(value, item.strip())))
     return found
 
 
 def number(text: str, item: str) -> float:
     """A finite decimal number: 1, .5, 1., +1, -0.5, 1e-1."""
-    if not re.fullmatch(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", text):
-        raise TriLoRAError(f"block weights: {text!r} in {item!r} is not a number; write one like 0.5, -1 or 1e-1")
+    where = quoted(text) if text == item else f"{quoted(text)} in {quoted(item)}"
+    if not re.fullmatch(NUMBER, text):
+        raise TriLoRAError(f"block weights: {where} is not a number; write one like 0.5, -1 or 1e-1")
     value = float(text)
     if value in (float("inf"), float("-inf")):
-        raise TriLoRAError(f"block weights: {text!r} in {item!r} is too large")
+        raise TriLoRAError(f"block weights: {where} is too large")
     return value
 
 

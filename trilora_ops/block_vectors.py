@@ -13,9 +13,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .block_selectors import TEXT_ENCODERS
+from .block_selectors import quoted
 from .block_syntax import BlockWeights, number, weights
-from .blocks import LAYOUTS, Blocks
+from .blocks import LAYOUTS, TEXT_GROUPS, Blocks
 from .errors import TriLoRAError
 
 # the groups that carry a model's numbered blocks; all others are outside them
@@ -110,6 +110,8 @@ def read_list(text: str, blocks: Blocks, dialect: str, tokens: Tokens) -> BlockW
 
     Raises TriLoRAError for a slot that is no number and no token of the dialect.
     """
+    if re.search(r"[=:;%@{}\[\]<>/]", text):
+        return None
     words = fields(text)
     for kind in lists_of(blocks):
         if kind.dialect == dialect and len(kind.slots) == len(words):
@@ -146,7 +148,7 @@ def values(words: Sequence[str], kind: List, tokens: Tokens) -> list[float]:
             raise TriLoRAError(f"block weights: {item} of the list is empty; write its number, 0 for none")
         ratios = [value(word, item) for word in (text.split() if kind.dialect == "inspire" else [text])]
         if len(set(ratios)) > 1:
-            raise TriLoRAError(f"block weights: {item} is {text!r}, one number for each weight in the order of a file; an order of a file is no place in "
+            raise TriLoRAError(f"block weights: {item} is {quoted(text)}, one number for each weight in the order of a file; an order of a file is no place in "
                                f"the model. Write what the numbers are meant for, for example {slot}.self=0.5, {slot}.mlp=1")
         found.append(ratios[0])
     return found
@@ -159,20 +161,20 @@ def spread(kind: List, numbers: Sequence[float], blocks: Blocks) -> BlockWeights
 
 def compact(default: float, places: Iterable[tuple[str, float]], blocks: Blocks) -> BlockWeights:
     """`default` everywhere but at `places` (slots, the last of two wins), in as few rules as there are runs of a number."""
-    rules, at, encoders = [], {}, {}
+    rules, at, encoders, texts = [], {}, {}, (*TEXT_GROUPS, *blocks.encoders)
     for slot, value in places:
         for name in outside(blocks) if slot == "BASE" else slot.split():
-            if name in ("TE", *TEXT_ENCODERS):
-                encoders |= {group: value for group in (TEXT_ENCODERS if name == "TE" else (name,))}
+            if name in ("TE", *texts):
+                encoders |= {group: value for group in (texts if name == "TE" else (name,))}
             else:
                 at |= {block: value for block in blocks.groups.get(name, (name,))}
-    there = [group for group in TEXT_ENCODERS if group in blocks.groups] or TEXT_ENCODERS
+    there = blocks.encoders or TEXT_GROUPS
     if len({encoders.get(group, default) for group in there}) == 1:
         rules = [("TE", encoders.get(there[0], default))]
     else:
         rules = [(group, encoders.get(group, default)) for group in there]
     for group, members in blocks.groups.items():
-        if group not in TEXT_ENCODERS:
+        if group not in blocks.encoders:
             rules += runs(group, members, [at.get(block, default) for block in members])
     rules += [(name, value) for name, value in at.items() if name.startswith("/")]
     common = {value for _, value in rules}
@@ -195,15 +197,15 @@ def runs(group: str, members: Sequence[str], numbers: Sequence[float]) -> list[t
 
 def outside(blocks: Blocks) -> tuple[str, ...]:
     """What BASE means: the text encoders, and every group outside the numbered blocks."""
-    return ("TE", *(group for group in blocks.groups if group not in (*MAIN.get(blocks.family, ()), *TEXT_ENCODERS)))
+    return ("TE", *(group for group in blocks.groups if group not in (*MAIN.get(blocks.family, ()), *blocks.encoders)))
 
 
 def lengths(blocks: Blocks) -> str:
-    """The lists that there are for these blocks, in words: "17 (webui, inspire: BASE and the blocks with attention)"."""
+    """The lists that there are for these blocks, in words: "17 (webui, inspire: BASE and the blocks with attention)", or ""."""
     found: dict[tuple[int, str], list[str]] = {}
     for kind in lists_of(blocks):
         found.setdefault((len(kind.slots), kind.note), []).append(kind.dialect)
-    return "; ".join(f"{size} ({', '.join(names)}: {note})" for (size, note), names in sorted(found.items())) or "no lists"
+    return "; ".join(f"{size} ({', '.join(names)}: {note})" for (size, note), names in sorted(found.items()))
 
 
 def models_with(length: int) -> list[str]:

@@ -20,7 +20,8 @@ __all__ = ["KINDS", "LAYOUTS", "Blocks", "Place"]
 DENOISER = "diffusion_model."
 BASE = "BASE"  # what no table and no numbered list holds
 EMB, VISION = "EMB", "VIS"
-TEXT_GROUPS = ("TE1", "TE2", "T5", "LLM", "LLM2")  # in the order in which a CLIP lists them
+# the words for text encoders, in the order in which a CLIP lists them; which of a model's groups are some, it says itself
+TEXT_GROUPS = ("TE1", "TE2", "T5", "LLM", "LLM2")
 _NORM = r"(?i:norm[^.]*|\.ln_[^.]*|_ln)(?:\.(?:scale|gamma|beta))?$"  # the layer itself is one
 
 
@@ -43,7 +44,7 @@ class Blocks:
     """The blocks of one model and of its text encoders, in the order in which they run, text encoders first.
 
     family: of FAMILIES or "generic"; ids: every block there is; groups: "IN" -> ("IN00", ...); kinds: the words there are;
-    names: of all weights, as `Place.name` has them, empty for a layout.
+    names: of all weights, as `Place.name` has them, empty for a layout; encoders: the groups that are text encoders.
     """
 
     family: str
@@ -51,6 +52,7 @@ class Blocks:
     groups: dict[str, tuple[str, ...]]
     kinds: frozenset[str]
     names: frozenset[str] = field(repr=False, default=frozenset())
+    encoders: tuple[str, ...] = ()
     _table: Family = field(repr=False, default=GENERIC)
     _encoders: dict[str, str] = field(repr=False, default_factory=dict)
 
@@ -60,7 +62,7 @@ class Blocks:
         keys = [key for key in keys if key.partition(".")[0] not in BESIDE]
         table = _family_of(keys)
         empty = cls(table.name, (), {}, frozenset(), _table=table, _encoders=_encoder_groups(key for key in keys if not key.startswith(DENOISER)))
-        return empty._with([empty.place(key) for key in keys])
+        return empty._with([empty.place(key) for key in keys], {empty.place(key).group for key in keys if not key.startswith(DENOISER)})
 
     @classmethod
     def layout(cls, name: str) -> "Blocks":
@@ -78,13 +80,14 @@ class Blocks:
             group, digits = ids.rstrip("#"), ids.count("#")
             numbers = [f"{n:0{digits}d}" if digits else "" for n in range(layout.blocks.get(group, 0))]
             places += [Place(group + number, group, _words(table), "") for number in numbers]
-        return cls(table.name, (), {}, frozenset(), _table=table)._with(places)
+        return cls(table.name, (), {}, frozenset(), _table=table)._with(places, layout.encoders)
 
     def place(self, target) -> Place:
         """Where a weight is. target: the host's key, or a tuple (key, (axis, start, length)[, function]).
 
-        Of a fused weight, whose rows are q, k, v of one length and then the feed-forward's, a slice has the kind of its
-        rows; the whole has the kind "fused" and no other, so that neither `attn` nor `mlp` reaches half of it.
+        Of a fused weight, whose rows are q, k, v of one length h each and then the feed-forward's, a slice has the kind of
+        its rows; the whole has the kind "fused" and no other, so that neither `attn` nor `mlp` reaches half of it. A slice
+        of the feed-forward begins at 3 h, which can only be taken for k or v where it is 3 h or 1.5 h long; none is.
         """
         key, rows = (target, None) if isinstance(target, str) else target[:2]
         name = key.removesuffix(".weight").removesuffix(".bias")
@@ -96,7 +99,7 @@ class Blocks:
             kinds |= {"emb"}
         if rows is not None and path.rpartition(".")[0].endswith("linear1") and "fused" in kinds:
             _, start, length = rows
-            kinds = kinds - {"fused"} | {"attn" if start % length == 0 else "mlp"}
+            kinds = kinds - {"fused"} | {"attn" if start in (0, length, 2 * length) else "mlp"}
         return Place(group + number, group, kinds, name)
 
     def _beside(self, key: str, name: str) -> Place:
@@ -111,7 +114,7 @@ class Blocks:
             kinds |= {"img"}
         return Place(f"{group}.{number or (VISION if ids == VISION else EMB)}", group, kinds, name)
 
-    def _with(self, places: Collection[Place]) -> "Blocks":
+    def _with(self, places: Collection[Place], encoders: Collection[str]) -> "Blocks":
         found: dict[str, set[str]] = {}
         kinds: frozenset[str] = frozenset()
         for place in places:
@@ -119,11 +122,12 @@ class Blocks:
             kinds |= place.kinds
         if "fused" in kinds:
             kinds |= {"attn", "mlp"}  # its slices
-        order = [*TEXT_GROUPS, *(ids.rstrip("#") for ids in self._table.places), BASE]
+        texts = sorted(encoders, key=lambda group: (TEXT_GROUPS.index(group) if group in TEXT_GROUPS else len(TEXT_GROUPS), group))
+        order = [*texts, *(ids.rstrip("#") for ids in self._table.places), BASE]
         first = sorted(found, key=lambda group: (order.index(group) if group in order else len(order), group))
         groups = {group: tuple(sorted(found[group], key=numbers_first)) for group in first}
         return Blocks(self.family, tuple(block for ids in groups.values() for block in ids), groups, kinds,
-                      frozenset(place.name for place in places if place.name), self._table, self._encoders)
+                      frozenset(place.name for place in places if place.name), tuple(texts), self._table, self._encoders)
 
 
 def _family_of(keys: Iterable[str]) -> Family:

@@ -22,6 +22,11 @@ _UNET = {
     "transformer_depth_output": [0, 0, 0, 1, 1, 1, 1, 1, 1], "transformer_depth_middle": 1, "context_dim": 48, "use_linear_in_transformer": True,
     "num_head_channels": 32, "use_temporal_attention": False, "use_temporal_resblock": False,
 }  # fmt: skip
+_SD15 = {
+    "image_size": 32, "use_checkpoint": False, "use_spatial_transformer": True, "legacy": False, "in_channels": 4, "out_channels": 4, "model_channels": 32,
+    "num_res_blocks": [2] * 4, "channel_mult": [1, 2, 2, 2], "transformer_depth": [1] * 6 + [0] * 2, "transformer_depth_output": [1] * 9 + [0] * 3,
+    "transformer_depth_middle": 1, "context_dim": 48, "use_linear_in_transformer": False, "adm_in_channels": None, "use_temporal_attention": False,
+}  # fmt: skip
 _FLUX = {
     "image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 24, "context_in_dim": 48, "hidden_size": 32, "mlp_ratio": 4.0, "num_heads": 2,
     "depth": 19, "depth_single_blocks": 38, "axes_dim": [4, 6, 6], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": True, "txt_ids_dims": [],
@@ -38,6 +43,11 @@ _AURA = {"in_channels": 4, "out_channels": 4, "patch_size": 2, "dim": 32, "n_lay
          "cond_seq_dim": 40, "max_seq": 16}  # fmt: skip
 _WAN = {"image_model": "wan2.1", "model_type": "t2v", "dim": 32, "ffn_dim": 48, "freq_dim": 16, "text_dim": 40, "num_heads": 2, "num_layers": 30,
         "in_dim": 16, "out_dim": 16}  # fmt: skip
+
+
+def sd15():
+    """IN00-IN11, MID0-MID2, OUT00-OUT11."""
+    return _built(comfy.supported_models.SD15, _SD15)
 
 
 def sdxl():

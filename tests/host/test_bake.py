@@ -114,8 +114,11 @@ def assert_same(found: dict, wanted: dict, tolerance: float = 2e-6) -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in FIXED])
-def test_a_baked_file_is_the_loader_with_block_weights(host_nodes, tiny, files, kind):
-    """Every kind that a ratio can be written into, with negative blocks, half a strength and blocks at 0, which the file has not."""
+def test_I6_a_baked_file_is_the_loader_with_block_weights(host_nodes, tiny, files, kind):
+    """Every kind that a ratio can be written into, with negative blocks, half a strength and blocks at 0, which the file has not.
+
+    The host's patches are objects, which a writer of block weights cannot take for tuples.
+    """
     adapter = load(host_nodes, files[kind])
     for strength in (1.0, -0.6):
         model, _ = run_node(host_nodes, "TriLoRALoader", model=tiny.patcher, lora_name=files[kind], strength_model=strength, block_weights=TEXT)
@@ -255,6 +258,24 @@ def test_slices_of_fused_weights_beside_the_whole(host_nodes, saved, error):
     baked, _ = run_node(host_nodes, "TriLoRABakeAdapter", model=tiny.patcher, stack=beside)
     wanted = deltas(run_node(host_nodes, "TriLoRAApplyStack", model=tiny.patcher, stack=beside)[0], tiny.patcher)
     assert_same(by_core(host_nodes, tiny.patcher, save(host_nodes, baked)), wanted, 5e-6)
+
+
+@pytest.mark.parametrize(("inputs", "words"), [
+    ({"block_weights": TEXT}, "block_weights: only for adapter, which is not connected"), ({"strength_model": 0.5}, "strength_model: only for adapter"),
+    ({"strength_clip": 0.0, "block_weights": " "}, "strength_clip: only for adapter"),
+])  # fmt: skip
+def test_inputs_of_an_adapter_that_is_not_there_are_refused(host_nodes, tiny, files, error, inputs, words):
+    """They would have no effect on the stack, whose files have their own."""
+    stack = stacked(host_nodes, [{"lora_name": files["LoRA"], "block_weights": "default=0, IN01=1"}])
+    with pytest.raises(error, match=f"{words}.*Adapter Stack"):
+        run_node(host_nodes, "TriLoRABakeAdapter", model=tiny.patcher, stack=stack, **inputs)
+    plain_inputs = {"strength_model": 1.0, "strength_clip": 1.0, "block_weights": None}
+    assert len(run_node(host_nodes, "TriLoRABakeAdapter", model=tiny.patcher, stack=stack, **plain_inputs)[0]) == 6
+
+
+def test_an_unlinked_block_weights_is_an_empty_one(host_nodes, tiny, files):
+    baked = run_node(host_nodes, "TriLoRABakeAdapter", model=tiny.patcher, adapter=load(host_nodes, files["LoRA"]), block_weights=None)[0]
+    assert len(baked) == 24
 
 
 def test_metadata_name_the_sources_and_inspect_adapter_tells(host_nodes, tiny, files):

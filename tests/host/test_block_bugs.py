@@ -1,5 +1,8 @@
 """The bugs that block weight tools are known for, each with the file that shows it: by our Loader and by a Stack of one file.
 
+I1-I4, I7 and L1 here; I8, R1-R3 and K1, which files of some trainers show, in test_block_bugs_of_files.py; I5 and L2 are the
+parser's (test_block_readings.py), I6 is the bake's (test_bake.py), and R4, one node for every family, test_block_weights_node.py's.
+
 Families are the host's own classes with all of their blocks and little width. What a file does whole is told by the
 host's own loader at strength 1; W_1 below is the weight that it makes.
 """
@@ -8,45 +11,14 @@ import comfy.lora
 import comfy.utils
 import pytest
 import torch
-from comfyui_trilora.tests.host import small_families, tiny_models
-from comfyui_trilora.tests.host.adapter_files import low_rank, normal
-from comfyui_trilora.tests.host.foreign_writers import Twin, deltas, weight_of, write_peft
+from comfyui_trilora.tests.host import small_families
+from comfyui_trilora.tests.host.adapter_files import low_rank
+from comfyui_trilora.tests.host.block_runs import LOADERS, load, parts, strengths, whole
+from comfyui_trilora.tests.host.foreign_writers import deltas, weight_of
 from comfyui_trilora.tests.host.small_families import layers_by_name, own_name
-from comfyui_trilora.tests.host.tiny_run import distance, list_saved_adapters, load_checkpoint, run_node
+from comfyui_trilora.tests.host.tiny_run import distance, load_checkpoint
 
-LOADERS = ("TriLoRALoader", "TriLoRAApplyStack")
 by_each_loader = pytest.mark.parametrize("loader", LOADERS)
-
-
-def load(host_nodes, loader: str, model, name: str, clip=None, **inputs):
-    """(MODEL, CLIP) from the Loader or from a Stack of one file."""
-    more = {} if clip is None else {"clip": clip}
-    if loader == "TriLoRALoader":
-        return run_node(host_nodes, loader, model=model, lora_name=name, **more, **inputs)
-    (stack,) = run_node(host_nodes, "TriLoRAAdapterStack", lora_name=name, **inputs)
-    return run_node(host_nodes, loader, model=model, stack=stack, **more)
-
-
-def whole(host_nodes, model, name: str) -> dict[str, torch.Tensor]:
-    """Weight key -> W_1 - W."""
-    return deltas(run_node(host_nodes, "LoraLoaderModelOnly", model=model, lora_name=name, strength_model=1.0)[0], model)
-
-
-def strengths(host_nodes, loader: str, model, name: str, text: str) -> dict[str, float]:
-    """Weight key -> ratio, W' being W + ratio * (W_1 - W), for each weight that the file changes whole."""
-    once = whole(host_nodes, model, name)
-    found, ratios = deltas(load(host_nodes, loader, model, name, block_weights=text)[0], model), {}
-    for key, delta in once.items():
-        change = found.pop(key, torch.zeros_like(delta))
-        ratios[key] = float((change.double() * delta.double()).sum() / delta.double().square().sum())
-        assert float((change - ratios[key] * delta).norm()) <= 1e-5 * float(delta.norm()), key
-    assert not found
-    return {key: round(ratio, 4) for key, ratio in ratios.items()}
-
-
-def parts(model) -> int:
-    """How many layers of files are in a MODEL's patches."""
-    return sum(len(patch[1].weights) for found in model.patches.values() for patch in found)
 
 
 @pytest.fixture(scope="module")
@@ -188,107 +160,6 @@ def test_I7_no_clip_is_needed_and_numbers_may_be_negative_or_begin_with_a_dot(ho
         assert none is None and len(model_only.patches) >= 4 * 8
         found = strengths(host_nodes, loader, model, name, text)
         assert found == {key: next(ratio for block, ratio in wanted.items() if f".{block}" in key) for key in found}
-
-
-def control_file(model) -> dict[str, torch.Tensor]:
-    """Black Forest Labs' control files: lora_A and lora_B without a prefix, biases, whole norms, and an input twice as wide."""
-    tensors = {}
-    for head in ("img_in", "double_blocks.2.img_attn.qkv", "single_blocks.5.linear2"):
-        out, inp = weight_of(model, f"diffusion_model.{head}.weight").shape
-        low = low_rank(head, out, 2 * inp if head == "img_in" else inp)
-        tensors |= {f"{head}.lora_A.weight": low[f"{head}.lora_down.weight"], f"{head}.lora_B.weight": low[f"{head}.lora_up.weight"],
-                    f"{head}.lora_B.bias": 0.1 * normal(out)}  # fmt: skip
-    return tensors | {f"single_blocks.{n}.norm.key_norm.scale": 1 + 0.1 * normal(16, seed=n) for n in (0, 5)}
-
-
-def uso_file(model) -> dict[str, torch.Tensor]:
-    """USO's names: processor.qkv_lora1, qkv_lora2, proj_lora, on every block."""
-    layers = {"qkv_lora1": "img_attn.qkv", "qkv_lora2": "txt_attn.qkv", "proj_lora1": "img_attn.proj", "proj_lora2": "txt_attn.proj"}
-    places = [(f"double_blocks.{n}.processor.{name}", f"double_blocks.{n}.{key}", None) for n in range(19) for name, key in layers.items()]
-    places += [(f"single_blocks.{n}.processor.{name}", f"single_blocks.{n}.{key}", rows) for n in range(38) for name, key, rows in (("qkv_lora", "linear1", 96), ("proj_lora", "linear2", None))]
-    tensors = {}
-    for name, key, rows in places:
-        out, inp = weight_of(model, f"diffusion_model.{key}.weight").shape
-        tensors |= {k.replace("lora_", ""): v for k, v in low_rank(name, rows or out, inp, rank=1).items() if not k.endswith(".alpha")}
-    return tensors
-
-
-def fun_file(model) -> dict[str, torch.Tensor]:
-    """Wan-Fun's names: kohya's with one underscore too many."""
-    tensors = layers_by_name(model, lambda name, _: name.startswith("lora_unet_blocks_") and "attn" in name, rank=1)
-    return {key.replace("lora_unet_", "lora_unet__"): tensor for key, tensor in tensors.items()}
-
-
-CONVERTED = {
-    "control": (small_families.flux, control_file, "default=0.5, D02=-1, S05=1.7", {"double_blocks.2.": -1.0, "single_blocks.5.": 1.7}),
-    "USO": (small_families.flux, uso_file, "default=0.5, D02=-1, S05=0", {"double_blocks.2.": -1.0, "single_blocks.5.": 0.0}),
-    "Wan-Fun": (small_families.wan, fun_file, "default=0.5, B00=-1, B29=1.7", {"blocks.0.": -1.0, "blocks.29.": 1.7}),
-}  # fmt: skip
-
-
-@by_each_loader
-@pytest.mark.parametrize("form", CONVERTED)
-def test_I8_forms_that_the_host_converts_load(host_nodes, saved, loader, form):
-    build, write, text, wanted = CONVERTED[form]
-    model = build()
-    name = saved(write(model))
-    (core,) = run_node(host_nodes, "LoraLoaderModelOnly", model=model, lora_name=name, strength_model=1.0)
-    patched, _ = load(host_nodes, loader, model, name, block_weights=text)
-    seen = set()
-    for key in core.patches:
-        ratio = next((wanted[block] for block in wanted if f".{block}" in key), 0.5)
-        seen.add(ratio)
-        once, weight = weight_of(core, key), weight_of(model, key)
-        if once.shape != weight.shape:  # the wider input: zeros beside W
-            weight = comfy.lora.pad_tensor_to_shape(weight, once.shape)
-        assert (key in patched.patches) == bool(ratio)
-        assert not ratio or distance(weight_of(patched, key) - weight, ratio * (once - weight)) <= 1e-5, key
-    assert seen == {0.5, *wanted.values()} and len(core.patches) >= 5
-
-
-@pytest.fixture(scope="module")
-def tiny(host_nodes):
-    return tiny_models.eps_prediction_model()
-
-
-@pytest.fixture(scope="module")
-def trained(tiny, tmp_path_factory):
-    """PEFT's own file, rank 4 and alpha 4, on every layer: (its name, what PEFT merges)."""
-    folder = list_saved_adapters() / "blocks_of_peft"
-    path, merged = write_peft(Twin(tiny.patcher), folder, 4, 4.0)
-    yield str(path.relative_to(list_saved_adapters())), merged
-    for file in folder.iterdir():
-        file.unlink()
-    folder.rmdir()
-
-
-RATIOS = {"input_blocks.1.": 0.5, "input_blocks.3.": -1.0, "middle_block.": 0.0, "output_blocks.1.": 1.5}
-TEXT = "IN01=0.5, IN03=-1, MID=0, OUT01=1.5"
-
-
-@by_each_loader
-def test_R1_half_is_half_and_minus_one_has_a_sign(host_nodes, tiny, saved, trained, loader):
-    """Not 0.125 or 0.25, not 3.375 or 2.25, not +1: of kohya's files, with alpha, and of PEFT's."""
-    names = comfy.lora.model_lora_keys_unet(tiny.patcher.model, {})
-    kohya = layers_by_name(tiny.patcher, lambda name, _: name.startswith("lora_unet_"))
-    name = saved(kohya)
-    dense = {}
-    for layer in {key.rpartition(".lora_")[0] for key in kohya if ".lora_" in key}:
-        up, down, alpha = (kohya[f"{layer}.{end}"] for end in ("lora_up.weight", "lora_down.weight", "alpha"))
-        dense[names[layer]] = float(alpha) / down.shape[0] * up @ down
-    for file, whole_file in ((name, dense), trained):
-        found = deltas(load(host_nodes, loader, tiny.patcher, file, block_weights=TEXT)[0], tiny.patcher)
-        ratios = {key: next((ratio for block, ratio in RATIOS.items() if f".{block}" in key), 1.0) for key in whole_file}
-        assert set(ratios.values()) == {0.5, -1.0, 0.0, 1.5, 1.0} and found.keys() == {key for key, ratio in ratios.items() if ratio}
-        assert all(distance(found[key], ratios[key] * whole_file[key]) <= 1e-5 for key in found)
-
-
-@by_each_loader
-def test_K1_one_is_one_of_a_peft_file_of_rank_four(host_nodes, tiny, trained, loader):
-    """The number is a multiplier, it does not take the place of alpha: not 0.25."""
-    name, merged = trained
-    found = deltas(load(host_nodes, loader, tiny.patcher, name, block_weights="default=1.0")[0], tiny.patcher)
-    assert found.keys() == merged.keys() and all(distance(found[key], merged[key]) <= 1e-5 for key in merged)
 
 
 @by_each_loader

@@ -7,6 +7,7 @@ import pytest
 import torch
 from comfyui_trilora.tests.host import adapter_files, tiny_models
 from comfyui_trilora.tests.host.adapter_files import low_rank, normal
+from comfyui_trilora.tests.host.block_runs import LOADERS, load
 from comfyui_trilora.tests.host.foreign_writers import deltas, weight_of
 from comfyui_trilora.tests.host.tiny_run import distance, list_saved_adapters, load_checkpoint, run_node
 from safetensors.torch import save_file
@@ -90,17 +91,6 @@ def alone(host_nodes, tiny, files):
             for kind, name in files.items()}  # fmt: skip
 
 
-def load(host_nodes, loader: str, model, name: str, clip=None, strength: float = 1.0, strength_clip: float = 1.0, **inputs):
-    """(MODEL, CLIP) from the Loader or from a Stack of one file."""
-    more = {} if clip is None else {"clip": clip}
-    given = {"lora_name": name, "strength_model": strength, "strength_clip": strength_clip, **inputs}
-    if loader == "TriLoRALoader":
-        return run_node(host_nodes, loader, model=model, **more, **given)
-    (stack,) = run_node(host_nodes, "TriLoRAAdapterStack", **given)
-    return run_node(host_nodes, loader, model=model, stack=stack, **more)
-
-
-LOADERS = ("TriLoRALoader", "TriLoRAApplyStack")
 by_each_loader = pytest.mark.parametrize("loader", LOADERS)
 
 
@@ -147,6 +137,13 @@ def test_all_ones_is_cores_loader(host_nodes, tiny, files, kind, loader, text):
 def test_all_zeros_is_no_adapter(host_nodes, tiny, files, kind, loader):
     model, _ = load(host_nodes, loader, tiny.patcher, files[kind], block_weights="default=0")
     assert model.patches == {} and model is not tiny.patcher
+
+
+@by_each_loader
+def test_an_unlinked_text_is_an_empty_one(host_nodes, tiny, files, loader):
+    model, _ = load(host_nodes, loader, tiny.patcher, files["LoRA"], block_weights=None)
+    whole, _ = load(host_nodes, loader, tiny.patcher, files["LoRA"])
+    assert all(torch.equal(weight_of(model, key), weight_of(whole, key)) for key in whole.patches) and len(model.patches) == 8
 
 
 @by_each_loader
@@ -252,6 +249,28 @@ def test_a_changed_strength_repatches_no_more_than_a_fresh_load(host_nodes, tiny
     comfy.model_management.unload_all_models()
     fresh, output = sampled(TEXT.replace("IN01=0.5", "IN01=0.6"))
     assert fresh == again and torch.equal(output, after)
+
+
+@by_each_loader
+def test_the_log_names_kinds_and_patterns_that_the_file_has_not(host_nodes, tiny, saved, loader, caplog):
+    """A few of them and how many more; of fused layers it speaks where the model has some."""
+    name = saved({key: tensor for key, tensor in layers(tiny).items() if key.startswith(NAMES[0])})
+    missed = [f"IN01.{kind}" for kind in ("cross", "mlp", "conv", "norm")] + ["/attn2/", "/skip/", "/proj_in/"]
+    load(host_nodes, loader, tiny.patcher, name, block_weights=", ".join(f"{selector}=0.5" for selector in missed))
+    (line,) = [record.getMessage() for record in caplog.records if "block_weights" in record.getMessage()]
+    assert "kinds or patterns: IN01.cross, IN01.mlp, IN01.conv, IN01.norm, /attn2/ and 2 more" in line and "fused" not in line
+
+
+def test_a_layers_place_is_looked_up_once(host_nodes, tiny, files, pack_module, monkeypatch):
+    blocks, asked = pack_module("trilora_ops.blocks").Blocks, []
+    original = blocks.place
+    monkeypatch.setattr(blocks, "place", lambda self, target: asked.append(target) or original(self, target))
+    patches = pack_module("nodes.comfy_patches")
+    places = patches.Places.of(tiny.patcher, None)
+    found = places.patches(pack_module("nodes.files").read_file(files["LoRA"]), "file")
+    places.blocks, asked.clear()
+    pack_module("nodes.block_strengths").weigh(TEXT, found, places, "file")
+    assert sorted(asked) == sorted(found)
 
 
 @by_each_loader

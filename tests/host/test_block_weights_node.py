@@ -32,7 +32,7 @@ def run(host_nodes):
 def presets():
     """The user's folder of presets, empty before and after."""
     folder = Path(folder_paths.get_user_directory()) / "default" / "trilora" / "presets"
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     yield folder
     for file in folder.iterdir():
         file.unlink()
@@ -57,7 +57,7 @@ def test_the_menu_of_dialects_is_that_of_the_readers(host_nodes, pack_module):
 
 
 @pytest.mark.parametrize("family", LAYOUTS)
-def test_one_node_serves_every_family(run, family, pack_module):
+def test_R4_one_node_serves_every_family(run, family, pack_module):
     """R4: each group of each family can be addressed, and the text that comes out says the same again."""
     blocks = pack_module("trilora_ops.blocks").Blocks.layout(family)
     for number, group in enumerate(blocks.groups, 1):
@@ -106,19 +106,51 @@ def test_presets_are_read_at_each_run(run, refused, presets, host_nodes):
     assert len({none, first, fingerprint()}) == 3
 
 
-def test_a_broken_line_names_its_file_and_itself(run, refused, presets, pack_module):
+def test_a_broken_line_names_its_file_and_itself(run, refused, presets):
     (presets / "a.txt").write_text("Fine:IN=0\n# note\nno preset at all\n", encoding="utf-8")
     assert "a.txt" in refused("Fine") and "line 3" in refused("Fine")
     (presets / "a.txt").write_text("Fine:IN=0\n", encoding="utf-8")
     (presets / "b.txt").write_text("\nFine:IN=0\nOther:IN=1\n", encoding="utf-8")
     assert run("Fine") == ["default=1, IN=0"], "the same meaning twice is no matter"
-    (presets / "b.txt").write_text("\nFine:IN=1\n", encoding="utf-8")
+    (presets / "b.txt").write_text("\nFine:IN=1\nOther:IN=1\n", encoding="utf-8")
     assert "presets/b.txt line 2" in refused("Fine") and "presets/a.txt line 1" in refused("Fine")
+    assert run("Other") == ["default=1, IN=1"]
     (presets / "b.txt").write_bytes(b"X:\xff=1")
-    assert "presets/b.txt" in refused("Fine") and "UTF-8" in refused("Fine")
-    (presets / "b.txt").unlink()
+    assert "presets/b.txt" in refused("X") and "UTF-8" in refused("X")
+
+
+@pytest.mark.parametrize("broken", [b"Bad:IN=0\nFACE:1,1,1\nno preset at all\n", "Bad:IN=0\nFACE:1,1,1 \u00e4".encode("latin-1"), b"1\tBad\t1,1\n2\tFACE\t1,1\n"])
+def test_a_broken_file_stops_only_what_names_its_presets(run, refused, presets, pack_module, caplog, broken):
+    """Canonical text, lists, built-in presets and those of other files are read as ever; the log tells it once for each change."""
+    face, middle = run("FACE"), run("MIDD")
+    (presets / "good.txt").write_text("Good:IN=0.5\n", encoding="utf-8")
+    (presets / "broken.txt").write_bytes(broken)
+    for text, wanted in (("IN=0", ["default=1, IN=0"]), (LIST_17, run(LIST_17)), ("MIDD", middle), ("Good", ["default=1, IN=0.5"])):
+        assert run(text) == wanted
+    fault = re.escape("presets/broken.txt") + "(?s:.*)correct or delete the file"
+    for text in ("Bad", "FACE", "no preset at all", "IN99=0"):  # FACE is built in too, and the file may mean another one by it
+        assert re.search(fault, refused(text)), text
+    strengths = pack_module("nodes.block_strengths")
+    assert strengths.presets_in("Good and IN=0, FACE, Bad") == (("Good", "IN=0.5"),)
+    blocks = pack_module("trilora_ops.blocks").Blocks.layout("SD1.5")
+    assert strengths.block_strengths("Good", blocks).text() == "default=1, IN=0.5"
+    with pytest.raises(Exception, match=f"^block_weights for my_file: .*{fault}.*; nothing was applied$"):
+        strengths.block_strengths("Bad", blocks, "my_file")
+    tables = pack_module("nodes.block_tables").tables()
+    shown = [preset["name"] for preset in tables["presets"]]
+    assert "presets/broken.txt" in tables["presets_error"] and shown[-1] == "Good" and "MIDD" in shown and "FACE" not in shown
+
+    def warnings() -> int:
+        return sum("presets/broken.txt" in record.getMessage() for record in caplog.records)
+
+    assert warnings() == 1
+    (presets / "broken.txt").write_bytes(broken + b"\nand more\n")
+    assert run("IN=0") == run("IN=0") and warnings() == 2
+    (presets / "broken.txt").unlink()
     (presets / "notes.md").write_text("only .txt files count", encoding="utf-8")
-    assert pack_module("nodes.block_presets").user_presets()["Fine"] == "IN=0"
+    assert run("FACE") == face and run("Good") == ["default=1, IN=0.5"] and warnings() == 2
+    (presets / "broken.txt").write_bytes(broken)
+    assert run("IN=0") and warnings() == 3
 
 
 def test_the_model_that_is_connected_counts(host_nodes, models_dir, pack_module, run, refused):

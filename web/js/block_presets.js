@@ -119,7 +119,7 @@ export class PresetMenu {
     await api.storeUserData(`${FOLDER}/${name}`, await file.text(), RAW);
     await this.#reload();
     const error = this.tables.presets_error;
-    if (error) {
+    if (error.includes(`presets/${name}`)) {
       await api.deleteUserData(`${FOLDER}/${name}`);
       await this.#reload();
       return this.#tell("error", `Not imported. ${error}`);
