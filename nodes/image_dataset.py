@@ -49,6 +49,7 @@ class ImageDatasetNode(io.ComfyNode):
 
 
 def caption_lines(texts: list[str]) -> list[str]:
-    """One text: its lines that are not empty. Several (a linked list): each is one caption, its line breaks become spaces."""
-    lines = texts[0].splitlines() if len(texts) == 1 else texts
-    return [line for line in (" ".join(text.split()) for text in lines) if line]
+    """One text: its lines that are not empty. Several (a linked list): each is one caption, "" too, its line breaks become spaces."""
+    if len(texts) > 1:
+        return [" ".join(text.split()) for text in texts]
+    return [line for line in (" ".join(text.split()) for text in texts[0].splitlines()) if line]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 
 import comfy.utils
@@ -46,6 +47,9 @@ def run(host: ComfyHost, dataset: EncodedDataset, method, settings: TrainingConf
     left_out = check_plan(host, target, read) if read else []
     if left_out:
         log.warning("block plan: target=%r has no layer in %s; a wider target has", target, ", ".join(left_out))
+    encoders = read.text_encoders() if read else []
+    if encoders:
+        log.warning("block plan: text encoders are not trained: %s counts for nothing", ", ".join(encoders))
     kept = regularisation if settings.prior_weight else None
     compat.show_text("preparing images and layers", node_id)
     with host.session():
@@ -79,11 +83,14 @@ def run(host: ComfyHost, dataset: EncodedDataset, method, settings: TrainingConf
         if kept:
             result |= {"prior_before": before[1], "prior_after": after[1]}
         state.metadata["trilora.result"] = json.dumps(result)
+    if not all(map(math.isfinite, after)):
+        log.warning("the loss is not a number after the last step: the adapter is of no use; train again with a lower learning rate")
     seconds = time.perf_counter() - started
     report = describe_run({
         "method": f"{_names(adapters, method, read)}, {len(adapters)} layers, {parameter_count(adapters):,} parameters",
         **(describe_plan(host, adapters, target, read) if read else {}),
         **({"left out by the target": ", ".join(left_out)} if left_out else {}),
+        **({"not trained": f"{', '.join(encoders)} (text encoders)"} if encoders else {}),
         "dataset": dataset.summary.splitlines()[0],
         **({"regularisation": f"{kept.summary.splitlines()[0]}, weight {settings.prior_weight:g}"} if kept else {}),
         "steps": f"{progress.done} at {progress.rate:.2f} steps/s, {_duration(seconds)} in all",

@@ -60,6 +60,8 @@ def check_plan(host: Host, target: str, plan: ReadPlan) -> list[str]:
     trained = {word: keys for word in TARGETS if (keys := [key for key in select(layers, word) if plan.at(key)])}
     # a residual block without attention has linear layers too, which only modulate it
     wider = next((word for word, keys in trained.items() if any("mod" not in plan.blocks.place(key).kinds for key in keys)), next(iter(trained), None))
+    if wider is None and (encoders := plan.text_encoders()):
+        raise TriLoRAError(f"block plan: it trains nothing of the model; text encoders ({', '.join(encoders)}) are not trained. Give some of the model's blocks a rank")
     if wider is None:
         raise TriLoRAError("block plan: its rank or its learning rate is 0 in every layer of this model; give some blocks a rank of 1 or more")
     raise TriLoRAError(f"block plan: target={target!r} has no layer in what the plan trains ({', '.join(left_out[:5]) or 'the rest of the model'}); "
@@ -83,10 +85,11 @@ def describe_plan(host: Host, adapters: Mapping[str, Adapter], target: str, plan
     below = set(order[:first])
     weights = {key: module.weight.numel() for key, module in host.layers().items()}
     passed = sum(count for key, count in weights.items() if places[key] not in below)
-    ranks = sorted({adapter.residual.rank for adapter in adapters.values()})
+    ranks = sorted({adapter.residual.rank for adapter in adapters.values()} - {0})  # 0: a method without a residual
     whole = len(select(adaptable(host), target))
     facts = {
-        "block plan": f"{len(adapters)} of the target's {whole} layers, in {len(trained)} of {len(order)} blocks, rank {', '.join(map(str, ranks))}",
+        "block plan": f"{len(adapters)} of the target's {whole} layers, in {len(trained)} of {len(order)} blocks"
+                      + (f", rank {', '.join(map(str, ranks))}" if ranks else ""),
         "backward pass": f"from {order[first]} on: {len(order) - first} of {len(order)} blocks, {passed / sum(weights.values()):.0%} of the weights",
     }
     return facts if not below else facts | {"without one": f"{order[0]} to {order[first - 1]}: neither gradients nor kept activations"}

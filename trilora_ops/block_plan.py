@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 
 from .block_presets import BUILT_IN
 from .block_syntax import BlockWeights, written
-from .blocks import Blocks, Place
+from .blocks import TEXT_GROUPS, Blocks, Place
 from .errors import TriLoRAError
 from .plan_texts import read_numbers
 from .registry import RESIDUALS, TRANSFORMS, Method
@@ -115,6 +115,11 @@ class ReadPlan:
             texts = ["" if weights is None else weights.text() for weights in (step.rank, step.alpha, step.rate)]
             plan = BlockPlan(*texts, step.given, plan)
         return plan
+
+    def text_encoders(self) -> list[str]:
+        """What the plan asks for in text encoders, which are not trained: selectors, in the order of the texts."""
+        asked = [selector for step in self.steps for weights in (step.rank, step.rate) if weights for selector, value in weights.rules if value]
+        return list(dict.fromkeys(s.text for s in asked if s.blocks and all(block.partition(".")[0] in TEXT_GROUPS for block in s.blocks)))
 
     def unmet(self, chosen: Iterable[str], others: Iterable[str]) -> list[str]:
         """What the plan asks for and `chosen`, the layers of the target, cannot give: selectors, in the order of the texts.

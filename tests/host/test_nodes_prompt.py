@@ -87,7 +87,8 @@ def test_the_log_says_what_happens_and_warns_of_nothing(started_host, trained):
     *_, log = trained
     assert "training trilora on " in log and "training done" in log and "Traceback" not in log
     for line in started_host.log.splitlines():
-        if "trilora" in line.lower():
+        # other tests give the same host a broken preset file, of which it shall warn
+        if "trilora" in line.lower() and "your presets" not in line:
             assert not [word for word in ("warning", "error", "failed", "exception") if word in line.lower()], line
 
 

@@ -73,6 +73,12 @@ def test_lists_of_images_and_of_captions(from_images):
     assert len({tuple(image.latent.shape) for image in dataset.images}) == 2 and "3 images" in text
 
 
+def test_an_empty_caption_of_a_linked_list_stays_where_it_is(from_images):
+    """A picture drawn from the empty prompt belongs into a regularisation set."""
+    dataset, _ = from_images(images(2), captions=["a cat", ""], resolution=128)
+    assert [image.prompt for image in dataset.images] == ["a cat", ""]
+
+
 def test_wrong_captions_are_refused(from_images, error):
     with pytest.raises(error, match="captions: 2 lines for 3 images; give one line for all, or one for each"):
         from_images(images(3), captions=["a\nb"])
