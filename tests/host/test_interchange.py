@@ -121,19 +121,24 @@ def test_inspecting_sees_every_layer(host_nodes, files, pack_module, writer):
     assert energy == pytest.approx(sum(float(delta.double().square().sum()) for delta in expected.values()), rel=1e-4)
 
 
+@pytest.mark.parametrize("groups", [("IN", "MID", "OUT", "EMB", "FINAL"), ("OUT",), ("MID",)], ids=", ".join)
 @pytest.mark.parametrize("form", ["kohya", "peft"])
-def test_diffusers_fuses_what_we_have_trained(host_nodes, tiny, twin, form):
-    """An adapter of ours under the host's names: as a file in either form, on every layer and in fp16."""
+def test_diffusers_fuses_what_we_have_trained(host_nodes, tiny, twin, pack_module, form, groups):
+    """An adapter of ours under the host's names: as a file in either form, of all blocks or block-wise, in fp16."""
+    blocks = pack_module("trilora_ops.blocks").Blocks.of(twin.targets.values())
+    chosen = [key for key in twin.targets.values() if blocks.place(key).group in groups]
     with torch.inference_mode():
         adapter = {}
-        for number, key in enumerate(twin.targets.values()):
+        for number, key in enumerate(chosen):
             out, inp, *kernel = weight_of(tiny.patcher, key).shape
             rank, size, generator = min(4, out), 10.0 ** -(number % 3), torch.Generator().manual_seed(number)
             adapter[key.removesuffix(".weight") + ".lora_up.weight"] = size * torch.randn((out, rank, *(1 for _ in kernel)), generator=generator)
             adapter[key.removesuffix(".weight") + ".lora_down.weight"] = torch.randn((rank, inp, *kernel), generator=generator)
     (name,) = run_node(host_nodes, "TriLoRASaveAdapter", adapter=adapter, name=f"foreign/trained_{form}", dtype="fp16", keys=form, model=tiny.patcher)
     (original,) = run_node(host_nodes, "LoraModelLoader", model=tiny.patcher, lora=adapter, strength_model=1.0)
-    assert_deltas(twin.fused(list_saved_adapters() / name), deltas(original, tiny.patcher), 2e-3)
+    expected = deltas(original, tiny.patcher)
+    assert expected.keys() == set(chosen)
+    assert_deltas(twin.fused(list_saved_adapters() / name), expected, 2e-3)
 
 
 @pytest.fixture(scope="module")
