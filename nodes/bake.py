@@ -7,7 +7,7 @@ from comfy_api.latest import io, ui
 
 from ..trilora_ops.errors import TriLoRAError
 from . import compat
-from .load import BLOCK_WEIGHTS
+from .file_inputs import BLOCK_WEIGHTS, strength_input
 from .types import LoraModel, Stack, StackEntry
 
 
@@ -26,10 +26,8 @@ class BakeAdapter(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model the adapters are for: it tells their blocks and the names of their layers. It is not changed."),
                 LoraModel.Input("adapter", optional=True, tooltip="From Load Adapter, Train Adapter, Resize Adapter or another tool. The next three inputs are its own."),
-                io.Float.Input("strength_model", default=1.0, min=-20.0, max=20.0, step=0.05, optional=True,
-                               tooltip="What 1 of the new file stands for on the model: 0.7 writes an adapter that is 0.7 as strong."),
-                io.Float.Input("strength_clip", default=1.0, min=-20.0, max=20.0, step=0.05, optional=True,
-                               tooltip="The same on the text encoder. 0 leaves its layers out."),
+                strength_input("strength_model", "What 1 of the new file stands for on the model: 0.7 writes an adapter that is 0.7 as strong.", optional=True),
+                strength_input("strength_clip", "The same on the text encoder. 0 leaves its layers out.", optional=True),
                 io.String.Input("block_weights", default="", optional=True, tooltip=BLOCK_WEIGHTS),
                 Stack.Input("stack", optional=True, tooltip="Files from Adapter Stack, each with its own strengths, block weights and keep_rank, beside or instead of adapter."),
                 io.Clip.Input("clip", optional=True, tooltip="Needed for adapters that have layers for the text encoder."),

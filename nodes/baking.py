@@ -13,7 +13,7 @@ from ..trilora_ops.bake import Source, bake
 from ..trilora_ops.checkpoint import AdapterState
 from ..trilora_ops.errors import TriLoRAError
 from ..trilora_ops.metadata import fingerprint, title
-from ..trilora_ops.naming import PREFIX, spelling
+from ..trilora_ops.naming import PREFIX, spelling, split_target
 from ..trilora_ops.peft_config import name_dora_scales
 from .block_strengths import block_strengths
 from .comfy_patches import Places
@@ -73,7 +73,7 @@ def _placed(one: Given, model, clip, places: Places) -> tuple[AdapterState, list
     here, lost = {}, []
     for key, tensor in tensors.items():
         heads = names_in(key, places.names)
-        if heads and _weight_key(places.names[heads[0]]) in places.shapes:
+        if heads and split_target(places.names[heads[0]])[0] in places.shapes:
             here[key] = tensor
         else:
             lost.append(key)
@@ -92,7 +92,7 @@ def _source(one: Given, state: AdapterState, targets: dict, places: Places):
     weights = block_strengths(entry.block_weights, places.blocks, entry.name) if (entry.block_weights or "").strip() else None
     ratios = {}
     for name, target in targets.items():
-        strength = entry.strength_model if _weight_key(target).startswith(PREFIX) else entry.strength_clip
+        strength = entry.strength_model if split_target(target)[0].startswith(PREFIX) else entry.strength_clip
         ratios[name] = strength * (1.0 if weights is None else weights.at(places.blocks.place(target)))
     about = {**one.identity, "strength_model": entry.strength_model, "strength_clip": entry.strength_clip}
     if weights is not None:
@@ -100,7 +100,3 @@ def _source(one: Given, state: AdapterState, targets: dict, places: Places):
     if entry.keep_rank:
         about["keep_rank"] = entry.keep_rank
     return Source(state, ratios, entry.keep_rank, about)
-
-
-def _weight_key(target) -> str:
-    return target if isinstance(target, str) else target[0]

@@ -19,6 +19,7 @@ from ..trilora_ops.block_syntax import BlockWeights, items, read_native, written
 from ..trilora_ops.blocks import LAYOUTS, Blocks
 from ..trilora_ops.checkpoint import AdapterState
 from ..trilora_ops.errors import TriLoRAError
+from ..trilora_ops.naming import split_target
 from .block_strengths import block_strengths
 from .comfy_patches import Places
 from .comfy_stack import new_shape
@@ -251,7 +252,7 @@ def _without_model_blocks(text: str, blocks: Blocks, problem: TriLoRAError) -> B
 
 
 def _check_same_shape(name: str, target, patch, shapes) -> None:
-    key = target if isinstance(target, str) else target[0]
+    key = split_target(target)[0]
     new = new_shape(patch, key)
     if new is not None and tuple(new) != tuple(shapes[key]):
         raise TriLoRAError(f"{name}: its layer for {key} gives it the shape {tuple(new)} instead of {tuple(shapes[key])}, which cannot be done for "

@@ -14,6 +14,7 @@ from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 from ..trilora_ops.checkpoint import AdapterState
 from ..trilora_ops.errors import TriLoRAError
 from ..trilora_ops.factors import LowRank, canonicalise, is_canonical, keep_rank
+from ..trilora_ops.naming import split_target
 from ..trilora_ops.peft_config import name_dora_scales
 from .comfy_low_rank import LowRankPatch
 from .comfy_stack import linear
@@ -72,7 +73,7 @@ class Places:
         taken = next((patch.loaded_keys for patch in loaded.values() if isinstance(patch, WeightAdapterBase)), None)
         left = [key for key, heads in found.items() if heads and taken is not None and key not in taken]
         check_left(name, left)
-        nowhere = {target for target in loaded if (target if isinstance(target, str) else target[0]) not in self.shapes}
+        nowhere = {target for target in loaded if split_target(target)[0] not in self.shapes}
         unmatched = [key for key, heads in found.items() if not heads] + left + [f"{target} (the model has no such weight)" for target in nowhere]
         if unmatched:
             log.warning("%s: %d of %d keys have no place in this model%s: %s", name, len(unmatched), len(state),

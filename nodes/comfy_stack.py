@@ -10,6 +10,7 @@ from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 from torch import Tensor
 
 from ..trilora_ops.merge import add_low_rank_
+from ..trilora_ops.naming import split_target
 from .comfy_low_rank import LowRankPatch
 from .comfy_transforms import TransformPatch
 from .compat import is_identity
@@ -91,7 +92,7 @@ def stack_patches(files: Iterable[tuple[Mapping, float]]) -> dict[str, StackPatc
     parts: dict[str, list] = {}
     for patches, strength in files:
         for target, patch in patches.items() if strength else ():
-            key, offset, function = _split(target)
+            key, offset, function = split_target(target)
             inner = patch.weights if isinstance(patch, StackPatch) else [(1.0, patch, 1.0, None, None)]
             parts.setdefault(key, []).extend((strength * s, one, 1.0, offset or own_offset, function or own_function)
                                              for s, one, _, own_offset, own_function in inner)
@@ -106,7 +107,7 @@ def linear(target, patch):
     """
     if (patch.name if isinstance(patch, WeightAdapterBase) else patch[0]) in _LINEAR:
         return patch
-    return StackPatch(set(), ((1.0, patch, 1.0, None, _split(target)[2]),))
+    return StackPatch(set(), ((1.0, patch, 1.0, None, split_target(target)[2]),))
 
 
 def new_shape(patch, key: str) -> tuple[int, ...] | None:
@@ -117,11 +118,6 @@ def new_shape(patch, key: str) -> tuple[int, ...] | None:
         return patch.calculate_shape(key) if hasattr(patch, "calculate_shape") else None
     kind, values = patch
     return tuple(values[0].shape) if kind == "diff" and len(values) > 1 and values[1]["pad_weight"] else None
-
-
-def _split(target) -> tuple:
-    """(key, slice or None, function or None) of a target of the host's, which is a key or a tuple of these."""
-    return (target, None, None) if isinstance(target, str) else (*target, None, None)[:3]
 
 
 def _change(weight: Tensor, key: str, part: tuple, original_weight) -> Tensor:

@@ -38,8 +38,7 @@ class TrainingDatasetNode(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="The text encoder of the model that will be trained; it is not trained itself."),
                 io.String.Input("trigger", default="", tooltip="A rare word that will call up what is learned, put in front of every caption "
                                                                "that lacks it. Images without a caption are trained with it alone."),
-                io.Int.Input("resolution", default=512, min=64, max=2048, step=64,
-                             tooltip="Training area: resolution x resolution pixels. Each image keeps its aspect ratio. 512 for SD1.5, 1024 for SDXL and newer."),
+                resolution_input(),
                 repeats_input(),
             ],
             outputs=[
@@ -72,6 +71,12 @@ class TrainingDatasetNode(io.ComfyNode):
         images = read_folder(folder_path(folder), trigger, resolution, repeats)
         log.info("dataset %s: %s", folder, summary(images).replace("\n", "; "))
         return encoded(images, vae, clip, trigger, cls.hidden.unique_id)
+
+
+def resolution_input() -> io.Input:
+    """The widget `resolution` of the dataset nodes."""
+    return io.Int.Input("resolution", default=512, min=64, max=2048, step=64,
+                        tooltip="Training area: resolution x resolution pixels. Each image keeps its aspect ratio. 512 for SD1.5, 1024 for SDXL and newer.")
 
 
 def repeats_input() -> io.Input:

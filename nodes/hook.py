@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import folder_paths
 from comfy_api.latest import io
 
 from . import compat
-from .load import BLOCK_WEIGHTS
+from .file_inputs import BLOCK_WEIGHTS, STRENGTH_MODEL, fingerprint, keep_rank_input, lora_name_input, strength_input
 
 
 class AdapterHookNode(io.ComfyNode):
@@ -21,12 +20,9 @@ class AdapterHookNode(io.ComfyNode):
             description="Makes hooks of an adapter file: it then acts on the prompts they are set on, each block with its own strength over the course of sampling.",
             search_aliases=["lora hook", "scheduled lora", "lora schedule", "lora start stop", "regional lora"],
             inputs=[
-                io.Combo.Input("lora_name", options=folder_paths.get_filename_list("loras"),
-                               tooltip="A .safetensors file from models/loras or from output/loras, where Save Adapter writes."),
-                io.Float.Input("strength_model", default=1.0, min=-20.0, max=20.0, step=0.05,
-                               tooltip="0 = the model as it was, 1 = as trained, and a straight line through both, for every kind of file."),
-                io.Float.Input("strength_clip", default=1.0, min=-20.0, max=20.0, step=0.05,
-                               tooltip="Strength on the text encoder; unused without Set CLIP Hooks."),
+                lora_name_input(),
+                strength_input("strength_model", STRENGTH_MODEL),
+                strength_input("strength_clip", "Strength on the text encoder; unused without Set CLIP Hooks."),
                 io.String.Input("block_weights", default="", tooltip=BLOCK_WEIGHTS),
                 io.String.Input("schedule", default="", multiline=True,
                                 tooltip="How strengths change from the start of sampling (0) to its end (1), a line for each kind of block. IN: 1 -> 0 "
@@ -34,9 +30,7 @@ class AdapterHookNode(io.ComfyNode):
                 compat.advanced(io.Int.Input("switches", default=10, min=1, max=200,
                                              tooltip="How often the weights may change during sampling. Changing them takes time; where a curve rises or falls, "
                                                      "more switches follow it more closely.")),
-                compat.advanced(io.Int.Input("keep_rank", default=0, min=0, max=1024,
-                                             tooltip="Keep only the strongest directions of every low-rank layer: 0 keeps all, 8 the best "
-                                                     "approximation of rank 8.")),
+                keep_rank_input(),
                 io.Hooks.Input("prev_hooks", optional=True, tooltip="Other hooks, which the output then holds too."),
             ],
             outputs=[io.Hooks.Output(display_name="HOOKS", tooltip="For Set CLIP Hooks, Cond Set Props, Set Hook Keyframes and whatever else takes hooks.")],
@@ -45,10 +39,7 @@ class AdapterHookNode(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, lora_name, block_weights="", **others):
         """Run again when the file itself has changed, or a preset that the block weights name."""
-        from .block_strengths import presets_in
-        from .files import file_stamp
-
-        return (lora_name, file_stamp(lora_name), presets_in(block_weights))
+        return fingerprint(lora_name, block_weights)
 
     @classmethod
     def execute(cls, lora_name, strength_model, strength_clip, block_weights, schedule, switches, keep_rank, prev_hooks=None) -> io.NodeOutput:

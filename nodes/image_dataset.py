@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..training.dataset import from_pictures
 from . import compat
-from .dataset import encoded, repeats_input
+from .dataset import encoded, repeats_input, resolution_input
 from .types import Dataset
 
 
@@ -29,8 +29,7 @@ class ImageDatasetNode(io.ComfyNode):
                 io.String.Input("captions", default="", multiline=True,
                                 tooltip="One line for all images, or one line for each. For a regularisation set: the prompts that the images were made with."),
                 io.String.Input("trigger", default="", tooltip="A rare word put in front of every caption that lacks it. Empty for a regularisation set."),
-                io.Int.Input("resolution", default=512, min=64, max=2048, step=64,
-                             tooltip="Training area: resolution x resolution pixels. Each image keeps its aspect ratio. 512 for SD1.5, 1024 for SDXL and newer."),
+                resolution_input(),
                 repeats_input(),
             ],
             outputs=[

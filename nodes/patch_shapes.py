@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..trilora_ops.adapter import LayerShape
 from ..trilora_ops.errors import TriLoRAError
+from ..trilora_ops.naming import split_target
 from .comfy_transforms import TransformPatch
 
 
@@ -28,7 +29,7 @@ def check_shape(name: str, target, patch, shapes: Mapping[str, torch.Size]) -> N
     name: the file's; target: the host's key, or a tuple of it, a slice (axis, start, length) and a function. Weights that
     are not in `shapes`, and layers that give a weight a new shape, are let through.
     """
-    key, offset = (target, None) if isinstance(target, str) else (target[0], target[1] if len(target) > 1 else None)
+    key, offset, _ = split_target(target)
     if key not in shapes:
         return
     expected = list(shapes[key])

@@ -10,6 +10,7 @@ from ..training.plan import adaptable
 from ..training.report import describe_run
 from ..trilora_ops.block_plan import METADATA, BlockPlan, from_metadata
 from ..trilora_ops.errors import TriLoRAError
+from ..trilora_ops.naming import split_target
 from ..trilora_ops.ranks_text import ranks_as_text
 from ..trilora_ops.registry import Method
 from ..trilora_ops.targets import TARGETS, select
@@ -30,7 +31,7 @@ def plan_of(adapter, model) -> tuple[BlockPlan, str]:
     layers, blocks = layers_of(model.model), blocks_of(model.model)
     ranks: dict[str, int] = {}
     for target, patch in places.patches(state, "the adapter").items():
-        key = target if isinstance(target, str) else target[0]  # of the parts of a fused weight the largest
+        key = split_target(target)[0]  # of the parts of a fused weight the largest
         if key in layers and (rank := _rank(patch, layers[key].weight)):
             ranks[key] = max(rank, ranks.get(key, 0))
     everything = adaptable(SimpleNamespace(layers=lambda: layers))

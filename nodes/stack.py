@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import folder_paths
 from comfy_api.latest import io
 
 from ..trilora_ops.errors import TriLoRAError
 from . import compat
-from .load import BLOCK_WEIGHTS
+from .file_inputs import BLOCK_WEIGHTS, STRENGTH_MODEL, fingerprint, keep_rank_input, lora_name_input, strength_input
 from .types import LoraStack, Stack, StackEntry
 
 
@@ -23,15 +22,10 @@ class AdapterStack(io.ComfyNode):
             description="Puts a file of any kind on a stack: TriLoRA, transforms, LoRA, LoHa, LoKr, OFT, DoRA ... Chain as many as you like.",
             search_aliases=["lora stack", "multiple loras", "lora stacker", "multi lora", "lora block weight stack"],
             inputs=[
-                io.Combo.Input("lora_name", options=folder_paths.get_filename_list("loras"),
-                               tooltip="A .safetensors file from models/loras or from output/loras, where Save Adapter writes."),
-                io.Float.Input("strength_model", default=1.0, min=-20.0, max=20.0, step=0.05,
-                               tooltip="0 = the model as it was, 1 = as trained, and a straight line through both, for every kind of file."),
-                io.Float.Input("strength_clip", default=1.0, min=-20.0, max=20.0, step=0.05,
-                               tooltip="Strength on the text encoder; unused where none is connected to Apply Adapter Stack."),
-                compat.advanced(io.Int.Input("keep_rank", default=0, min=0, max=1024,
-                                             tooltip="Keep only the strongest directions of every low-rank layer: 0 keeps all, 8 the best "
-                                                     "approximation of rank 8.")),
+                lora_name_input(),
+                strength_input("strength_model", STRENGTH_MODEL),
+                strength_input("strength_clip", "Strength on the text encoder; unused where none is connected to Apply Adapter Stack."),
+                keep_rank_input(),
                 Stack.Input("stack", optional=True, tooltip="The files so far. Leave it empty for the first one."),
                 io.String.Input("block_weights", default="", optional=True, tooltip=BLOCK_WEIGHTS),
             ],
@@ -41,10 +35,7 @@ class AdapterStack(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, lora_name, block_weights="", **others):
         """Run again, and with it all that depends on it, when the file itself or a preset of the block weights has changed."""
-        from .block_strengths import presets_in
-        from .files import file_stamp
-
-        return (lora_name, file_stamp(lora_name), presets_in(block_weights))
+        return fingerprint(lora_name, block_weights)
 
     @classmethod
     def execute(cls, lora_name, strength_model, strength_clip, keep_rank, stack=None, block_weights="") -> io.NodeOutput:

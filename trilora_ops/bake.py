@@ -20,6 +20,7 @@ from .checkpoint import ALPHA, DOWN, PAIRS, AdapterState, FileLayer, check_finit
 from .errors import TriLoRAError
 from .factors import LowRank, canonicalise, is_canonical, keep_energy, keep_rank, weighted_sum
 from .metadata import common, reworked
+from .naming import split_target
 from .peft_config import name_dora_scales
 from .tensorisation import numbered_cores
 
@@ -183,7 +184,7 @@ def _refuse(parts: Mapping[tuple[str, bool], list[Part]], places: Mapping[str, o
     on_weight: dict[str, list[str]] = {}  # weight key -> names of its layers
     for name, is_bias in parts:
         if not is_bias:
-            on_weight.setdefault(_place(places[name])[0], []).append(name)
+            on_weight.setdefault(split_target(places[name])[0], []).append(name)
     for (name, _), found in parts.items():
         kinds = list(dict.fromkeys(part.kind for part in found))
         if len(kinds) > 1:
@@ -194,16 +195,12 @@ def _refuse(parts: Mapping[tuple[str, bool], list[Part]], places: Mapping[str, o
             if part.fixed and part.ratio != 1:
                 add(f"of kind {part.kind} with ratio {part.ratio:.6g}", _WHY_FIXED[part.kind], name)
         if kinds[0] in _NEEDS_THE_WEIGHT:
-            key, part_of_it = _place(places[name])
-            if any(other != name and _overlap(part_of_it, _place(places[other])[1]) for other in on_weight[key]):
+            key, part_of_it, _ = split_target(places[name])
+            if any(other != name and _overlap(part_of_it, split_target(places[other])[1]) for other in on_weight[key]):
                 add(f"of kind {kinds[0]} beside others for a part of the same weight, or all of it", "what it does depends on the weight it meets", name)
     if problems:
         groups = [f"{len(names)} layer{'s' * (len(names) > 1)} {what} (for example {names[0]}): {why}" for (what, why), names in problems.items()]
         raise TriLoRAError(f"this cannot be written as one file exactly: {'; '.join(groups)}; {_REMEDY}")
-
-
-def _place(target) -> tuple[str, tuple | None]:
-    return (target, None) if isinstance(target, str) else (target[0], target[1] if len(target) > 1 else None)
 
 
 def _overlap(a: tuple | None, b: tuple | None) -> bool:

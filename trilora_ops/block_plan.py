@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 
 from .block_presets import BUILT_IN
+from .block_selectors import Selector
 from .block_syntax import BlockWeights, written
 from .blocks import TEXT_GROUPS, Blocks, Place
 from .errors import TriLoRAError
@@ -116,10 +117,12 @@ class ReadPlan:
             plan = BlockPlan(*texts, step.given, plan)
         return plan
 
+    def _asked(self) -> list[Selector]:
+        return [selector for step in self.steps for weights in (step.rank, step.rate) if weights for selector, value in weights.rules if value]
+
     def text_encoders(self) -> list[str]:
         """What the plan asks for in text encoders, which are not trained: selectors, in the order of the texts."""
-        asked = [selector for step in self.steps for weights in (step.rank, step.rate) if weights for selector, value in weights.rules if value]
-        return list(dict.fromkeys(s.text for s in asked if s.blocks and all(block.partition(".")[0] in TEXT_GROUPS for block in s.blocks)))
+        return list(dict.fromkeys(s.text for s in self._asked() if s.blocks and all(block.partition(".")[0] in TEXT_GROUPS for block in s.blocks)))
 
     def unmet(self, chosen: Iterable[str], others: Iterable[str]) -> list[str]:
         """What the plan asks for and `chosen`, the layers of the target, cannot give: selectors, in the order of the texts.
@@ -127,8 +130,7 @@ class ReadPlan:
         Those that match no layer there, but some of `others`, the model's other layers.
         """
         inside, outside = ([self.blocks.place(key) for key in keys] for keys in (chosen, others))
-        asked = [selector for step in self.steps for weights in (step.rank, step.rate) if weights for selector, value in weights.rules if value]
-        return list(dict.fromkeys(selector.text for selector in asked
+        return list(dict.fromkeys(selector.text for selector in self._asked()
                                   if not any(map(selector.matches, inside)) and any(map(selector.matches, outside))))
 
 

@@ -15,9 +15,9 @@ from itertools import accumulate
 from .block_families import BESIDE, ENCODERS, FAMILIES, GENERIC, KINDS, TEXT_ENCODER, Family
 from .block_layouts import LAYOUTS
 from .errors import TriLoRAError
+from .naming import PREFIX, split_target
 
 __all__ = ["KINDS", "LAYOUTS", "Blocks", "Place"]
-DENOISER = "diffusion_model."
 BASE = "BASE"  # what no table and no numbered list holds
 EMB, VISION = "EMB", "VIS"
 # the words for text encoders, in the order in which a CLIP lists them; which of a model's groups are some, it says itself
@@ -61,8 +61,8 @@ class Blocks:
         """From the keys of a MODEL (`diffusion_model. ...`) and, where there is one, of a CLIP, in any order."""
         keys = [key for key in keys if key.partition(".")[0] not in BESIDE]
         table = _family_of(keys)
-        empty = cls(table.name, (), {}, frozenset(), _table=table, _encoders=_encoder_groups(key for key in keys if not key.startswith(DENOISER)))
-        return empty._with([empty.place(key) for key in keys], {empty.place(key).group for key in keys if not key.startswith(DENOISER)})
+        empty = cls(table.name, (), {}, frozenset(), _table=table, _encoders=_encoder_groups(key for key in keys if not key.startswith(PREFIX)))
+        return empty._with([empty.place(key) for key in keys], {empty.place(key).group for key in keys if not key.startswith(PREFIX)})
 
     @classmethod
     def layout(cls, name: str) -> "Blocks":
@@ -89,11 +89,11 @@ class Blocks:
         its rows; the whole has the kind "fused" and no other, so that neither `attn` nor `mlp` reaches half of it. A slice
         of the feed-forward begins at 3 h, which can only be taken for k or v where it is 3 h or 1.5 h long; none is.
         """
-        key, rows = (target, None) if isinstance(target, str) else target[:2]
+        key, rows, _ = split_target(target)
         name = key.removesuffix(".weight").removesuffix(".bias")
-        if not key.startswith(DENOISER):
+        if not key.startswith(PREFIX):
             return self._beside(key, name)
-        group, number, path = _locate(key.removeprefix(DENOISER), self._table)
+        group, number, path = _locate(key.removeprefix(PREFIX), self._table)
         kinds = _kinds(_layer(path), self._table)
         if group in (EMB, BASE) or (group == "IN" and not number):
             kinds |= {"emb"}
@@ -133,8 +133,8 @@ class Blocks:
 def _family_of(keys: Iterable[str]) -> Family:
     beginnings: set[str] = set()
     for key in keys:
-        if key.startswith(DENOISER):
-            path = re.sub(r"\.\d+(?=\.)", ".#", key.removeprefix(DENOISER))
+        if key.startswith(PREFIX):
+            path = re.sub(r"\.\d+(?=\.)", ".#", key.removeprefix(PREFIX))
             beginnings.update(accumulate(path.split("."), "{}.{}".format))
     return next((family for family in FAMILIES if family.has(beginnings)), GENERIC)
 

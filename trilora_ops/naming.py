@@ -36,6 +36,11 @@ _SPELLINGS = (
 )
 
 
+def split_target(target) -> tuple:
+    """(key, slice (axis, start, length) or None, function or None) of a target of the host's: a key, or a tuple of these."""
+    return (target, None, None) if isinstance(target, str) else (*target, None, None)[:3]
+
+
 @dataclass(frozen=True)
 class UNetLayout:
     """Where an LDM U-Net's numbered blocks stand in diffusers' levels.
