@@ -13,6 +13,7 @@ from contextlib import nullcontext
 
 import measure
 import torch
+from comfyui_trilora.training.cpu_products import CpuProducts
 from comfyui_trilora.training.frozen import frozen_forward
 from comfyui_trilora.trilora_ops.presets import build_method
 from comfyui_trilora.trilora_ops.registry import Method
@@ -39,7 +40,7 @@ class Pass:
 
     def __init__(self, layer: nn.Module, x: torch.Tensor, adapter: nn.Module | None):
         self.x, self.adapter = x, adapter
-        self.frozen = frozen_forward(layer, layer.forward, lambda module, like: nullcontext(module.weight))
+        self.frozen = frozen_forward(layer, layer.forward, lambda module, like: nullcontext(module.weight), CpuProducts())
         self.wanted = [x, *(adapter.parameters() if adapter is not None else ())]
 
     def __call__(self) -> None:

@@ -1,6 +1,6 @@
 """Time and memory of one training step: the pack against the host's own Train LoRA node.
 
-    COMFYUI_PATH=<ComfyUI> <its python> benchmarks/training_step.py [--small] [--batch 1 4] [--runs 7] [--device cuda]
+    COMFYUI_PATH=<ComfyUI> <its python> benchmarks/training_step.py [--small] [--batch 1 4] [--runs 7] [--precision auto] [--device cuda]
 
 Both train rank 8 on every linear layer and convolution of SD1.5's U-Net (860 million random weights, fp32 file) with
 32 x 32 latents. The peer is the node's own code, called as a graph calls it; its loop is stopped after every optimizer
@@ -49,19 +49,19 @@ def build_adapters(host, method: str) -> dict:
     return adapters
 
 
-def ours(patcher, batch: int, steps: int, method: str) -> None:
+def ours(patcher, batch: int, steps: int, method: str, precision: str) -> None:
     """The pack's run on the samples of this benchmark, as its Train Adapter node makes it."""
     host_module, types = module(f"{PACKAGE}.nodes.comfy_host"), module(f"{PACKAGE}.nodes.types")
     loop, config = module(f"{PACKAGE}.training.loop"), module(f"{PACKAGE}.training.config")
     pictures, captions = sd15.latents(IMAGES, SIDE), sd15.conditioning(IMAGES + 1)
     with torch.inference_mode(False):
-        host = host_module.ComfyHost(patcher)
+        host = host_module.ComfyHost(patcher, precision)
         with host.session():
             images = [types.EncodedImage(str(i), "", pictures[i:i + 1], captions[i]) for i in range(IMAGES)]
             samples = [host.prepare(image, image.conditioning) for image in images]
             empty = [host.prepare(image, captions[IMAGES]) for image in images]
             adapters = build_adapters(host, method)
-            ours.layers = len(adapters)
+            ours.layers, ours.dtype = len(adapters), str(host.compute_dtype).removeprefix("torch.")
             loop.train(host, adapters, samples, empty, config.TrainingConfig(steps=steps, batch_size=batch))
 
 
@@ -94,7 +94,7 @@ def peers_model(model, load: Callable):
     return model if "force_deepcopy" in inspect.signature(model.clone).parameters else load()
 
 
-def pair(model, load: Callable, batch: int, runs: int, method: str, options: dict):
+def pair(model, load: Callable, batch: int, runs: int, method: str, precision: str, options: dict):
     """({"ours", "peer"} -> times, s; -> peak memory, bytes) of `runs` steps in turns after a warm-up.
 
     (None, why) where the peer cannot make its first step.
@@ -103,7 +103,7 @@ def pair(model, load: Callable, batch: int, runs: int, method: str, options: dic
     theirs = peers_model(model, load)
     sides = {
         # ours first: loading a model makes the host unload the others, which on its way in resets the layers
-        "ours": Coroutine(lambda: ours(model, batch, steps, method)),
+        "ours": Coroutine(lambda: ours(model, batch, steps, method, precision)),
         "peer": Coroutine(lambda: peer(theirs, batch, steps, options)),
     }
     sides["ours"].advance()
@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], help="batch sizes (default 1 4)")
     parser.add_argument("--small", action="store_true", help="a U-Net of 74 million parameters, for a quick look")
     parser.add_argument("--method", choices=["trilora", "lora"], default="trilora", help="what we train (default trilora)")
+    parser.add_argument("--precision", choices=["auto", "model", "bf16"], default="auto", help="what our frozen model computes in (default auto)")
     parser.add_argument("--peers", type=int, nargs="+", default=[0, 1, 2, 3], help="which rows, by number")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     args = parser.parse_args()
@@ -137,14 +138,14 @@ def main() -> None:
         parameters = sd15.write_unet(path, args.small)
         register_optimizer_step_post_hook(lambda *_: (measure.synchronise(), Coroutine.pause()))
         model = sd15.load_unet(path)
-        rows, name = [], f"ours ({args.method}, fp32)"
+        rows = []
         for batch in args.batch:
             for number in args.peers:
                 label, options = PEERS[number]
                 if (number > 1 and batch > 1) or (options.get("bypass_mode") and not knows_bypass()):
                     rows += [[str(batch), label, "n/a", "n/a", "", "", ""]] if number < 2 else []
                     continue
-                times, peaks = pair(model, lambda: sd15.load_unet(path), batch, args.runs, args.method, options)
+                times, peaks = pair(model, lambda: sd15.load_unet(path), batch, args.runs, args.method, args.precision, options)
                 if times is None:
                     rows.append([str(batch), label, "", peaks, "", "", ""])
                     continue
@@ -153,7 +154,7 @@ def main() -> None:
                              f"**{measure.ratio(mine, theirs):.2f}**", f"{peaks['ours'] / MIB:.0f} MiB", f"{peaks['peer'] / MIB:.0f} MiB"])
                 print("  ".join(rows[-1]), " ours", [round(t, 2) for t in mine], "peer", [round(t, 2) for t in theirs], flush=True)
         print(f"\n{measure.describe_machine(version, args.device)}; U-Net of {parameters / 1e6:.0f} M parameters, "
-              f"{ours.layers} layers, rank {RANK}, {SIDE} x {SIDE} latents, {name}, median of {args.runs} alternating steps\n")
+              f"{ours.layers} layers, rank {RANK}, {SIDE} x {SIDE} latents, ours: {args.method}, computed in {ours.dtype}; median of {args.runs} alternating steps\n")
         print(measure.table(["batch", "host's Train LoRA node", "ours", "host", "ours / host", "our memory", "host's memory"], rows))
 
 

@@ -10,16 +10,15 @@ from .files import read_file
 from .types import StackEntry
 
 
-def apply_state(state: AdapterState, model, clip, name: str, strength_model: float, strength_clip: float, keep: int = 0, block_weights: str = ""):
-    """(model, clip) patched with an adapter; both are clones, clip stays None where it was.
+def apply_state(state: AdapterState, entry: StackEntry, model, clip):
+    """(model, clip) patched with an adapter as its entry says; both are clones, clip stays None where it was.
 
-    block_weights: see `block_strengths.weigh`. Raises TriLoRAError before anything is patched if the adapter does not
-    fit, or the text cannot be read.
+    Raises TriLoRAError before anything is patched if the adapter does not fit, or its block weights cannot be read.
     """
     places = Places.of(model, clip)
-    patches = weigh(block_weights, places.patches(state, name, keep), places, name)
+    patches = _patches(state, entry, places)
     model, clip = model.clone(), None if clip is None else clip.clone()
-    for patcher, strength in ((model, strength_model), (clip, strength_clip)):
+    for patcher, strength in ((model, entry.strength_model), (clip, entry.strength_clip)):
         if patcher is not None and strength and patches:
             patcher.add_patches(patches, strength)  # it takes those whose key it has
     return model, clip
@@ -33,7 +32,7 @@ def apply_stack(entries: tuple[StackEntry, ...], model, clip):
     """
     places = Places.of(model, clip)
     used = [e for e in entries if e.strength_model or (clip is not None and e.strength_clip)]
-    files = [(weigh(e.block_weights, places.patches(read_file(e.name), e.name, e.keep_rank), places, e.name), e) for e in used]
+    files = [(_patches(read_file(e.name), e, places), e) for e in used]
     model = model.clone()
     if model_patches := stack_patches((patches, e.strength_model) for patches, e in files):
         model.add_patches(model_patches)
@@ -42,3 +41,7 @@ def apply_stack(entries: tuple[StackEntry, ...], model, clip):
         if clip_patches := stack_patches((patches, e.strength_clip) for patches, e in files):
             clip.add_patches(clip_patches)
     return model, clip
+
+
+def _patches(state: AdapterState, entry: StackEntry, places: Places):
+    return weigh(entry.block_weights, places.patches(state, entry.name, entry.keep_rank), places, entry.name)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import comfy.lora_convert
+import comfy.model_management
+import comfy.utils
 import folder_paths
 
 from ..trilora_ops.bake import Source, bake
@@ -61,8 +63,21 @@ def bake_on(model, clip, given: Sequence[Given]) -> tuple[AdapterState, str]:
         sources.append(_source(one, state, found, places))
         if lost:
             notes.append(f"{one.entry.name}: {len(lost)} tensors have no place in this model and were left out ({', '.join(lost[:5])})")
-    baked, report = bake(sources, targets)
+    baked, report = bake(sources, targets, _tick())
     return baked, "\n".join([f"{len(sources)} adapter{'s' * (len(sources) > 1)}: {report.text()}", *notes])
+
+
+def _tick():
+    """Moves the node's progress bar, and stops where the user has asked to."""
+    bar = None
+
+    def tick(done: int, count: int) -> None:
+        nonlocal bar
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar = bar or comfy.utils.ProgressBar(count)
+        bar.update_absolute(done)
+
+    return tick
 
 
 def _placed(one: Given, model, clip, places: Places) -> tuple[AdapterState, list[str]]:

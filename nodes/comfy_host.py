@@ -20,7 +20,7 @@ from ..training.frozen import can_freeze
 from ..training.host import Sample
 from ..trilora_ops.errors import TriLoRAError
 from ..trilora_ops.metadata import fingerprint
-from .compat import frozen_weight, training_clone, training_kernels
+from .compat import frozen_weight, multiplies_bf16, training_clone, training_kernels
 from .types import EncodedImage
 
 _BLOCK_LISTS = {"blocks", "double_blocks", "single_blocks", "layers", "transformer_blocks", "joint_blocks",
@@ -32,15 +32,25 @@ _TRAINING_GUIDANCE = 1.0
 class ComfyHost:
     """Wraps a ModelPatcher; the engine's calls become `apply_model` and the model's own noise schedule."""
 
-    def __init__(self, patcher):
+    def __init__(self, patcher, precision: str = "model"):
+        """precision: see `TrainingConfig`."""
         self.patcher = training_clone(patcher)
         self.model = self.patcher.model
         self.device = self.patcher.load_device
         self.sampling = self.patcher.get_model_object("model_sampling")
         self.prediction = prediction_of(self.sampling)
         self.sigma_data = float(getattr(self.sampling, "sigma_data", 1.0))
-        self.compute_dtype = self.model.manual_cast_dtype or self.model.get_dtype()
+        self.compute_dtype = self._computes_in(precision)
         self._layers = layers_of(self.model)
+
+    def _computes_in(self, precision: str) -> torch.dtype:
+        # the unpatched object: until another clone is loaded, the model itself still holds what an earlier run has set
+        own, bf16 = self.patcher.get_model_object("manual_cast_dtype") or self.model.get_dtype(), torch.bfloat16
+        faster = own == torch.float32 and bf16 in self.model.model_config.supported_inference_dtypes and multiplies_bf16(self.device)
+        if own == bf16 or precision == "model" or (precision == "auto" and not faster):
+            return own
+        self.patcher.set_model_compute_dtype(bf16)  # of this clone; the weights stay as they are stored
+        return bf16
 
     def layers(self) -> Mapping[str, nn.Module]:
         """Target key -> linear layer or convolution of the denoiser."""

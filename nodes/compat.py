@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import comfy.model_management
 import comfy.ops
 import comfy.weight_adapter
+import torch
 from comfy_api.latest import io
 from torch import Tensor, nn
 
@@ -86,6 +87,13 @@ def _plain(module: nn.Module, weight: Tensor, like: Tensor) -> Tensor:
         weight = weight.dequantize().to(like.dtype)
     scale = getattr(module, "scale_weight", None)  # 0.3.64: scaled fp8 layers multiply it in their own forward pass
     return weight * scale.to(weight.device, weight.dtype) if isinstance(scale, Tensor) else weight
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for products of bf16. Of processors the host says no whatever they have."""
+    if device.type == "cpu":
+        return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return comfy.model_management.should_use_bf16(device)
 
 
 def show_text(text: str, node_id: str | None) -> None:

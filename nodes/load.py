@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from . import compat
 from .file_inputs import BLOCK_WEIGHTS, STRENGTH_MODEL, fingerprint, lora_name_input, strength_input
+from .types import StackEntry
 
 
 class TriLoRALoader(io.ComfyNode):
@@ -46,4 +47,5 @@ class TriLoRALoader(io.ComfyNode):
         from .applying import apply_state
         from .files import read_file
 
-        return io.NodeOutput(*apply_state(read_file(lora_name), model, clip, lora_name, strength_model, strength_clip, keep_rank, block_weights))
+        entry = StackEntry(lora_name, strength_model, strength_clip, keep_rank, block_weights)
+        return io.NodeOutput(*apply_state(read_file(lora_name), entry, model, clip))

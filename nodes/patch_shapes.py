@@ -45,6 +45,8 @@ def check_shape(name: str, target, patch, shapes: Mapping[str, torch.Size]) -> N
             if offset is not None and patch.name == "lora" and patch.weights[5] is not None:
                 raise TriLoRAError("gives a new shape to a part of a fused weight, which cannot be done; leave this file out")
             _check_size(size(patch.weights), expected)
+            if patch.name == "glora":
+                _check_inputs(_either_way(*patch.weights[:2]), expected)
             _check_magnitudes(patch.weights[magnitudes], expected)
         elif isinstance(patch, tuple) and len(patch[1]) == 1 and list(patch[1][0].shape) != expected:
             raise TriLoRAError(f"is {tuple(patch[1][0].shape)}, expected {tuple(expected)}; it was made for another model")
@@ -66,6 +68,13 @@ def _check_size(got: tuple[int, int | None] | None, expected: list[int]) -> None
     if got is not None and (got[0] != wanted[0] or got[1] not in (None, wanted[1])):
         shown, wanted = (got[:1], wanted[:1]) if got[1] is None else (got, wanted)
         raise TriLoRAError(f"is {shown}, expected {wanted}; it was made for another model")
+
+
+def _check_inputs(got: tuple[int, int], expected: list[int]) -> None:
+    """GLoRA's first pair, which mixes the inputs: a convolution's channels, or its columns as LyCORIS once wrote it."""
+    channels, columns = expected[1], torch.Size(expected[1:]).numel()
+    if got not in ((channels, channels), (columns, columns)):
+        raise TriLoRAError(f"has a first pair of {got} that mixes {channels} inputs, expected {(channels, channels)}; the file is broken")
 
 
 def _check_magnitudes(dora_scale: Tensor | None, expected: list[int]) -> None:
@@ -117,9 +126,12 @@ def _lokr(weights) -> tuple[int, int]:
 
 
 def _glora(weights) -> tuple[int, int]:
-    b1, b2 = weights[2:4]
-    # LyCORIS once wrote them the other way round; the longer one is (out, r)
-    return _product(b1, b2) if b1.shape[0] >= b2.shape[0] else _product(b2, b1)
+    return _either_way(*weights[2:4])
+
+
+def _either_way(first: Tensor, second: Tensor) -> tuple[int, int]:
+    # LyCORIS once wrote the two the other way round; the longer one is (out, r)
+    return _product(first, second) if first.shape[0] >= second.shape[0] else _product(second, first)
 
 
 def _blocks(blocks: Tensor, axes: int) -> tuple[int, None]:

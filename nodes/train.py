@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
-from ..training.config import TIMESTEPS, TrainingConfig
+from ..training.config import PRECISIONS, TIMESTEPS, TrainingConfig
 from ..training.schedule import SCHEDULES
 from ..trilora_ops.targets import TARGETS
 from . import compat
-from .types import Dataset, EncodedDataset, LoraModel, LossMap, Method, Plan, Settings
+from .types import Dataset, EncodedDataset, LoraModel, LossMap, Method, Plan, Settings, StackEntry
 
 
 class TrainingSettingsNode(io.ComfyNode):
@@ -40,6 +40,7 @@ class TrainingSettingsNode(io.ComfyNode):
                 compat.advanced(io.Float.Input("caption_dropout", default=default.caption_dropout, min=0.0, max=0.9, step=0.01, tooltip="Share of images trained with an empty prompt, which keeps guidance working.")),
                 compat.advanced(io.Boolean.Input("checkpointing", default=default.checkpointing, tooltip="Compute blocks twice instead of keeping their activations: much less memory, about a third more time.")),
                 compat.advanced(io.Float.Input("prior_weight", default=default.prior_weight, min=0.0, max=100.0, step=0.05, round=0.001, tooltip="Weight w of a regularisation set in loss = data + w · prior; only where Train Adapter has one. 0 = off.")),
+                compat.advanced(io.Combo.Input("precision", options=list(PRECISIONS), default=default.precision, tooltip="What the base model computes in while it is trained through; the adapter itself is always fp32. auto: its own precision, but bf16 for fp32 models where the processor has instructions for it. model: its own. bf16: always bf16.")),
             ],
             outputs=[Settings.Output(display_name="settings", tooltip="For Train Adapter.")],
         )
@@ -91,8 +92,8 @@ class TrainAdapter(io.ComfyNode):
 
         # the host runs nodes in inference mode, whose tensors cannot be trained
         with torch.inference_mode(False):
-            state, progress, report, fixed = run(ComfyHost(model), dataset, method, settings, target, cls.hidden.unique_id, plan, regularisation)
-            adapted, _ = apply_state(state, model, None, "the trained adapter", 1.0, 0.0)
+            state, progress, report, fixed = run(ComfyHost(model, settings.precision), dataset, method, settings, target, cls.hidden.unique_id, plan, regularisation)
+            adapted, _ = apply_state(state, StackEntry("the trained adapter", 1.0, 0.0), model, None)
         curve = picture(cls, progress, f"{method.name}: {progress.done} steps", fixed) if progress.losses else None
         losses = {"loss": progress.losses} | ({"data": progress.data_losses, "prior": progress.prior_losses} if progress.prior_losses else {})
         return io.NodeOutput(adapted, state, losses, report, ui=curve)

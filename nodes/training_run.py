@@ -94,6 +94,7 @@ def run(host: ComfyHost, dataset: EncodedDataset, method, settings: TrainingConf
         "dataset": dataset.summary.splitlines()[0],
         **({"regularisation": f"{kept.summary.splitlines()[0]}, weight {settings.prior_weight:g}"} if kept else {}),
         "steps": f"{progress.done} at {progress.rate:.2f} steps/s, {_duration(seconds)} in all",
+        "computed in": str(host.compute_dtype).removeprefix("torch."),
         "training loss": f"{_loss(progress)} (mean of the last 20 steps)",
         "loss on fixed noise": f"{before[0]:.4f} before, {after[0]:.4f} after",
         **({"regularisation on fixed noise": f"{before[1]:.4f} before, {after[1]:.4f} after"} if kept else {}),
@@ -153,13 +154,15 @@ def _reporter(steps: int, node_id: str | None):
     def report(progress: Progress) -> None:
         bar.update_absolute(progress.done, steps)
         now = time.monotonic()
-        if now - shown[0] >= 0.5 or progress.done == steps:
-            shown[0] = now
+        shows, logs = now - shown[0] >= 0.5 or progress.done == steps, progress.done % max(1, steps // 20) == 0 or progress.done == steps
+        if shows or logs:
             left = (steps - progress.done) / max(progress.rate, 1e-9)
             text = f"step {progress.done}/{steps} · {progress.rate:.2f} it/s · loss {_loss(progress)} · {_duration(left)} left"
+        if shows:
+            shown[0] = now
             compat.show_text(text, node_id)
-            if progress.done % max(1, steps // 20) == 0 or progress.done == steps:
-                log.info("%s · learning rate %.2e · gradient %.3g", text, progress.learning_rate, progress.grad_norm)
+        if logs:
+            log.info("%s · learning rate %.2e · gradient %.3g", text, progress.learning_rate, progress.grad_norm)
 
     return report
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from comfy_api.latest import io
 from torch import Tensor
+
+from ..trilora_ops.errors import TriLoRAError
 
 Dataset = io.Custom("TRILORA_DATASET")
 Method = io.Custom("TRILORA_METHOD")
@@ -54,9 +57,10 @@ class EncodedDataset:
 
 @dataclass(frozen=True)
 class StackEntry:
-    """One file of an Adapter Stack; a TRILORA_STACK is a tuple of them.
+    """One adapter and how it is applied; a TRILORA_STACK is a tuple of them.
 
-    keep_rank: 0 = all directions; block_weights: strengths by blocks as text, empty = 1 everywhere.
+    keep_rank: 0 = all directions; block_weights: strengths by blocks as text, empty = 1 everywhere. Raises TriLoRAError for a
+    strength that is no number.
     """
 
     name: str
@@ -64,3 +68,8 @@ class StackEntry:
     strength_clip: float
     keep_rank: int = 0
     block_weights: str = ""
+
+    def __post_init__(self):
+        for field in ("strength_model", "strength_clip"):
+            if not math.isfinite(getattr(self, field)):
+                raise TriLoRAError(f"{field}={getattr(self, field)} for {self.name}: a finite number; look at what is connected to it")

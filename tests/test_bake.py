@@ -282,6 +282,15 @@ def test_the_sources_are_left_as_they_were():
     assert state.keys() == before.keys() and all(torch.equal(state[key], before[key]) for key in before) and state.metadata == {}
 
 
+def test_progress_is_told_after_every_layer_and_may_stop_it():
+    state, ticks = state_of("lora", "lora", "full"), []
+    sources = [Source(state, {f"{NAME}{i}": 0.5 for i in range(3)})]
+    bake(sources, {f"{NAME}{i}": str(i) for i in range(3)}, lambda done, count: ticks.append((done, count)))
+    assert ticks == [(1, 3), (2, 3), (3, 3)]
+    with pytest.raises(KeyboardInterrupt):
+        bake(sources, {f"{NAME}{i}": str(i) for i in range(3)}, lambda done, count: (_ for _ in ()).throw(KeyboardInterrupt))
+
+
 def test_what_cannot_be_baked():
     names = {f"{NAME}0": "key"}
     with pytest.raises(TriLoRAError, match="every layer has ratio 0"):

@@ -9,6 +9,7 @@ from ..trilora_ops.errors import TriLoRAError
 from .schedule import SCHEDULES
 
 TIMESTEPS = ("auto", "uniform", "logit_normal")
+PRECISIONS = ("auto", "model", "bf16")
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class TrainingConfig:
         (`objective.loss_weight`), 0 = off. caption_dropout: share of samples trained with the empty prompt.
     seed: of every draw. checkpointing: recompute blocks in the backward pass (less memory, more time).
     prior_weight: w in loss = data + w * prior, where a regularisation set is given (DreamBooth, arXiv:2208.12242); 0 = off.
+    precision: what the frozen model computes in; adapters, optimizer and loss are fp32 in any case. "model" is its own dtype,
+        "bf16" is that, and "auto" is bf16 for fp32 models where the processor has instructions for it, else "model".
     """
 
     steps: int = 500
@@ -40,6 +43,7 @@ class TrainingConfig:
     seed: int = 0
     checkpointing: bool = False
     prior_weight: float = 1.0
+    precision: str = "auto"
 
     def __post_init__(self):
         for field in ("steps", "batch_size", "accumulation"):
@@ -53,7 +57,7 @@ class TrainingConfig:
         for field in ("warmup", "caption_dropout"):
             if not 0 <= getattr(self, field) < 1:
                 raise TriLoRAError(f"{field}={getattr(self, field)}: a share of at least 0 and below 1")
-        for field, allowed in (("schedule", SCHEDULES), ("timesteps", TIMESTEPS)):
+        for field, allowed in (("schedule", SCHEDULES), ("timesteps", TIMESTEPS), ("precision", PRECISIONS)):
             if getattr(self, field) not in allowed:
                 raise TriLoRAError(f"{field}={getattr(self, field)!r}: choose one of {', '.join(allowed)}")
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..trilora_ops.adapter import Adapter
 from .checkpointing import checkpointed
+from .cpu_products import CpuProducts
 from .frozen import can_freeze, frozen_forward
 from .host import Host
 
@@ -24,7 +25,7 @@ def injected(host: Host, adapters: Mapping[str, Adapter], checkpointing: bool = 
     clone_saved: keep copies of saved activations, for models whose blocks add in place (`needs_clones`).
     """
     replaced: list[tuple[nn.Module, Callable | None]] = []
-    saved = _cloning if clone_saved else nullcontext
+    saved, products = _cloning if clone_saved else nullcontext, CpuProducts()
 
     def replace(module: nn.Module, forward: Callable) -> None:
         replaced.append((module, module.__dict__.get("forward")))
@@ -33,7 +34,7 @@ def injected(host: Host, adapters: Mapping[str, Adapter], checkpointing: bool = 
     try:
         for key, module in host.layers().items():
             original = module.forward
-            frozen = frozen_forward(module, original, host.frozen_weight) if can_freeze(module) else original
+            frozen = frozen_forward(module, original, host.frozen_weight, products) if can_freeze(module) else original
             adapter = adapters.get(key)
             replace(module, frozen if adapter is None else _adapted(adapter, frozen))
         if checkpointing:

@@ -113,7 +113,7 @@ def train(host: Host, adapters: Mapping[str, Adapter], samples: Sequence[Sample]
                     log.warning("step %d: loss or gradient is not finite; step skipped", progress.done + 1)
                 if bad == MAX_BAD_STEPS:
                     raise TriLoRAError(f"learning_rate={config.learning_rate}: loss or gradient was not finite for "
-                                       f"{bad} steps in a row; lower the learning rate, or use a bf16 or fp32 base model")
+                                       f"{bad} steps in a row; lower the learning rate, or set precision to bf16")
                 optimizer.zero_grad(set_to_none=True)
             scaler.step(optimizer)
             scaler.update()
@@ -154,7 +154,9 @@ def _optimizer(adapters: Mapping[str, Adapter], config: TrainingConfig, rates: M
         for decay, parameters in zip((config.weight_decay, 0.0), adapter.parameter_groups(), strict=True):
             groups.setdefault((rates.get(key, 1.0), decay), []).extend(parameters)
     filled = [{"params": found, "rate": rate, "weight_decay": decay} for (rate, decay), found in groups.items() if found]
-    return torch.optim.AdamW(filled, lr=config.learning_rate), [p for group in filled for p in group["params"]]
+    parameters = [p for group in filled for p in group["params"]]
+    fused = parameters[0].device.type in ("cpu", "cuda")  # one pass over all; not every backend has it
+    return torch.optim.AdamW(filled, lr=config.learning_rate, fused=fused), parameters
 
 
 class _Draws:

@@ -64,16 +64,19 @@ class LayerShape:
         """y + up * (down * x), with x seen as the layer itself sees it.
 
         x: (..., in) or (B, in, *space); y: (..., out) or (B, out, *space'); down: (r, columns), up: (out, r).
-        On a convolution `down` is a convolution to r channels with the layer's geometry and `up` a 1x1 one.
+        On a convolution `down` is a convolution to r channels with the layer's geometry, and `up` mixes channels.
         """
         if not self.kernel:
             hidden = F.linear(x, down)
             # addmm fuses the product with the sum: no second tensor of y's size
             # and a row-major factor makes autograd write up's gradient row by row, several times faster than by columns
             return torch.addmm(y.reshape(-1, self.out), hidden.reshape(-1, down.shape[0]), up.t().contiguous()).view(y.shape)
-        conv = _CONV[len(self.kernel)]
-        hidden = conv(x, down.view(-1, self.inp, *self.kernel), None, self.stride, self.padding, self.dilation)
-        return y + conv(hidden, up.view(self.out, -1, *[1] * len(self.kernel)))
+        if math.prod(self.kernel) == 1 and set(self.stride) == {1} and set(self.padding) == {0}:
+            hidden = down @ x.flatten(2)  # the layer is a linear one over the channels
+        else:
+            hidden = _CONV[len(self.kernel)](x, down.view(-1, self.inp, *self.kernel), None, self.stride, self.padding, self.dilation).flatten(2)
+        # fused as above, and several times faster backwards than a convolution of so few channels
+        return torch.baddbmm(y.flatten(2), up.expand(len(x), -1, -1), hidden).view(y.shape)
 
 
 class Adapter(nn.Module):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -92,12 +92,13 @@ class BakeReport:
         return line + (f"\n{len(self.unread)} tensors that no loader reads were left out ({', '.join(self.unread[:5])})" if self.unread else "")
 
 
-def bake(sources: Sequence[Source], places: Mapping[str, object]) -> tuple[AdapterState, BakeReport]:
+def bake(sources: Sequence[Source], places: Mapping[str, object],
+         tick: Callable[[int, int], None] = lambda done, count: None) -> tuple[AdapterState, BakeReport]:
     """One adapter whose change at strength 1 is sum_i ratio_i(layer) * (the change by source i), exact to fp32 rounding.
 
     places: layer name -> the weight it is for, a key or a tuple of a key and a slice (axis, start, length) of it. Plain
     low-rank layers of one weight become one (`factors.weighted_sum`), full differences and biases are added; a layer that
-    one source alone has keeps its kind. Raises TriLoRAError, naming every group of layers that cannot be written, for a kind
+    one source alone has keeps its kind. tick: called after every layer with the layers done and in all, may raise to stop. Raises TriLoRAError, naming every group of layers that cannot be written, for a kind
     that no factor scales at a ratio other than 0 and 1, and for kinds that cannot be one layer or act on one another.
     """
     parts: dict[tuple[str, bool], list[Part]] = {}
@@ -115,8 +116,9 @@ def bake(sources: Sequence[Source], places: Mapping[str, object]) -> tuple[Adapt
     if not parts:
         raise TriLoRAError("every layer has ratio 0, so that nothing is left to write; raise a strength or a block's weight")
     tensors = {}
-    for (name, _), found in parts.items():
+    for done, ((name, _), found) in enumerate(parts.items(), start=1):
         tensors |= {name + ending: tensor for ending, tensor in _joined(found).items()}
+        tick(done, len(parts))
     for name, is_bias in parts:
         if is_bias and name + ".w_norm" not in tensors and (bias := tensors.pop(name + ".b_norm", None)) is not None:
             tensors[name + ".diff_b"] = bias  # .b_norm is read beside .w_norm only

@@ -14,11 +14,9 @@ from .adapter import Adapter, LayerShape
 from .factors import LowRank, canonicalise
 from .registry import Method
 from .residuals.low_rank import FixedLowRank
-from .singular_values import EXACT_BELOW, OVERSAMPLE, rank_for_energy
+from .singular_values import Subspace, rank_for_energy, truncated_svd
 from .transforms.none import NoTransform
 
-_TOLERANCE = 1e-3  # of the squared error: a power iteration that gains less is the last
-_ITERATIONS = 24
 _CHUNK = 8  # L-BFGS iterations between two looks at the error
 _GAIN = 1e-3  # a chunk that lowers the error by a smaller share is the last
 _CHUNKS = 15
@@ -42,49 +40,6 @@ def extract_low_rank(delta: Tensor, rank: int, generator: torch.Generator, energ
 def relative_error(delta: Tensor, pair: LowRank) -> float:
     """|delta - R|_F / |delta|_F, with |delta|_F > 0."""
     return float(torch.addmm(delta.float(), pair.up, pair.down, alpha=-pair.scale).norm() / delta.norm())
-
-
-def truncated_svd(matrix: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """(U (out, r), sigma (r,) falling, Vt (r, columns)) of an fp32 matrix, r = min(rank, out, columns).
-
-    Exact for small matrices. Large ones by randomised subspace iteration (Halko et al., arXiv:0909.4061) with a check:
-    sum sigma^2 never exceeds the optimum and rises with every iteration, so iterations are added until the error left,
-    |M|_F^2 - sum sigma^2, falls by less than a thousandth of itself.
-    """
-    smaller = min(matrix.shape)
-    rank = min(rank, smaller)
-    if smaller <= EXACT_BELOW or rank + OVERSAMPLE >= smaller // 2:
-        return _exact_svd(matrix, rank)
-    subspace = Subspace(matrix, rank, generator)
-    whole = matrix.double().square().sum()
-    kept = 0.0
-    for _ in range(_ITERATIONS):
-        U, sigma, Vt = subspace.improve(matrix)
-        before, kept = kept, sigma.double().square().sum()
-        if kept - before <= _TOLERANCE * (whole - kept).clamp_min(0) + 1e-7 * kept:
-            return U, sigma, Vt
-    return _exact_svd(matrix, rank)
-
-
-def _exact_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    U, sigma, Vt = torch.linalg.svd(matrix, full_matrices=False)
-    return U[:, :rank], sigma[:rank], Vt[:rank]
-
-
-class Subspace:
-    """Leading directions of a matrix, kept between calls: of one that changes slowly a call follows the change."""
-
-    def __init__(self, matrix: Tensor, rank: int, generator: torch.Generator):
-        width = min(rank + OVERSAMPLE, *matrix.shape)
-        self.rank = min(rank, width)
-        self.right = torch.randn(matrix.shape[1], width, generator=generator).to(matrix)
-
-    def improve(self, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(U, sigma, Vt) after one more power iteration on `matrix`; shapes as in `truncated_svd`."""
-        left = torch.linalg.qr(matrix @ self.right).Q
-        self.right, core = torch.linalg.qr(matrix.t() @ left)
-        U, sigma, Vt = torch.linalg.svd(core.t())
-        return left @ U[:, :self.rank], sigma[:self.rank], Vt[:self.rank] @ self.right.t()
 
 
 def fit_transform(weight: Tensor, delta: Tensor, method: Method, generator: torch.Generator, energy: float = 0.0,

@@ -45,7 +45,7 @@ def run(comfyui: Path, checkpoint: str | None, output: Path, style: str, seed: i
          caption_dropout=demo.SETTINGS.caption_dropout)
     _set(training, "TriLoRASaveAdapter", name="demo")
     if checkpoint is None:
-        _set(training, "TriLoRATrainingSettings", learning_rate=demo.SETTINGS.learning_rate)
+        _set(training, "TriLoRATrainingSettings", learning_rate=demo.SETTINGS.learning_rate, precision=demo.SETTINGS.precision)
         _set(training, "TriLoRAMethodTriLoRA", rank=demo.METHOD.residual.rank)
         _set(training, "TriLoRATrainAdapter", target=demo.TARGET)
     trained = host.execute(training)

@@ -117,6 +117,20 @@ def pack_module(pack):
 
 
 @pytest.fixture(scope="session")
+def error(pack_module):
+    """TriLoRAError as the host sees it."""
+    return pack_module("trilora_ops.errors").TriLoRAError
+
+
+@pytest.fixture(scope="module")
+def tiny(host_nodes):
+    """An eps model for the tests of one file; see tiny_models.TinyModel."""
+    from comfyui_trilora.tests.host import tiny_models
+
+    return tiny_models.eps_prediction_model()
+
+
+@pytest.fixture(scope="session")
 def base_dir(host) -> Path:
     """The base directory that keeps the tests out of the installation's own models, outputs and user data."""
     return BASE

@@ -16,11 +16,6 @@ from comfyui_trilora.tests.host.tiny_run import distance, load_checkpoint, run_n
 
 
 @pytest.fixture(scope="module")
-def tiny(host_nodes):
-    return tiny_models.eps_prediction_model()
-
-
-@pytest.fixture(scope="module")
 def clip(host_nodes, models_dir):
     return load_checkpoint(host_nodes)[1]
 

@@ -19,11 +19,6 @@ from comfyui_trilora.tests.host.tiny_run import distance, run_node, weights_hash
 
 
 @pytest.fixture(scope="module")
-def tiny(host_nodes):
-    return tiny_models.eps_prediction_model()
-
-
-@pytest.fixture(scope="module")
 def prompts(tiny):
     return tiny.conditioning, other_prompt(tiny), other_prompt(tiny, 10)
 

@@ -46,11 +46,6 @@ def own(pack_module):
 
 
 @pytest.fixture(scope="module")
-def tiny(host_nodes):
-    return tiny_models.eps_prediction_model()
-
-
-@pytest.fixture(scope="module")
 def clip(host_nodes, models_dir):
     from comfyui_trilora.tests.host.tiny_run import load_checkpoint
 

@@ -21,16 +21,6 @@ QUERY = "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q"
 
 
 @pytest.fixture
-def error(pack_module):
-    return pack_module("trilora_ops.errors").TriLoRAError
-
-
-@pytest.fixture(scope="module")
-def tiny(host_nodes):
-    return tiny_models.eps_prediction_model()
-
-
-@pytest.fixture
 def folder(base_dir, request):
     """An empty subfolder of the host's input folder of this test's own."""
     path = base_dir / "input" / request.node.name.replace("[", "_").replace("]", "")

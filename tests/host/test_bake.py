@@ -3,6 +3,8 @@
 import json
 import random
 
+import comfy.model_management
+import comfy.utils
 import folder_paths
 import pytest
 import torch
@@ -29,16 +31,6 @@ LYCORIS = {
 FIXED = {"DoRA": "DoRA", "OFT": "OFT", "BOFT": "BOFT", "whole weights": "replaced weight"}
 KINDS = ("LoRA", "LoRA without alpha", "LoRA by PEFT's names", "half precision", "TriLoRA", "TLoRA", "norms and biases", "whole weights", *LYCORIS)
 CLIP_LAYERS = tuple(f"text_model_encoder_layers_{n}_mlp_fc1" for n in (3, 7))
-
-
-@pytest.fixture(scope="module")
-def tiny(host_nodes):
-    return tiny_models.eps_prediction_model()
-
-
-@pytest.fixture(scope="module")
-def error(pack_module):
-    return pack_module("trilora_ops.errors").TriLoRAError
 
 
 def plain(tiny, rank: int = 5, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -271,6 +263,25 @@ def test_inputs_of_an_adapter_that_is_not_there_are_refused(host_nodes, tiny, fi
         run_node(host_nodes, "TriLoRABakeAdapter", model=tiny.patcher, stack=stack, **inputs)
     plain_inputs = {"strength_model": 1.0, "strength_clip": 1.0, "block_weights": None}
     assert len(run_node(host_nodes, "TriLoRABakeAdapter", model=tiny.patcher, stack=stack, **plain_inputs)[0]) == 6
+
+
+def test_it_can_be_cancelled_and_shows_how_far_it_is(host_nodes, tiny, files, monkeypatch):
+    """The bar ends at the number of layers; the host's interrupt ends the node in the middle."""
+    shown, checks = [], []
+    monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", lambda self, value, *others, **more: shown.append((value, self.total)))
+    (adapter,) = run_node(host_nodes, "TriLoRALoadAdapter", lora_name=files["LoRA"])[:1]
+    run_node(host_nodes, "TriLoRABakeAdapter", model=tiny.patcher, adapter=adapter)
+    assert shown == [(done, len(NAMES)) for done in range(1, len(NAMES) + 1)]
+
+    def interrupt():
+        checks.append(None)
+        if len(checks) == 3:
+            raise comfy.model_management.InterruptProcessingException
+
+    monkeypatch.setattr(comfy.model_management, "throw_exception_if_processing_interrupted", interrupt)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        run_node(host_nodes, "TriLoRABakeAdapter", model=tiny.patcher, adapter=adapter)
+    assert len(shown) == len(NAMES) + 2
 
 
 def test_an_unlinked_block_weights_is_an_empty_one(host_nodes, tiny, files):

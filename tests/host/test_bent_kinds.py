@@ -20,11 +20,6 @@ KINDS = ("oft", "boft", "set")
 
 
 @pytest.fixture(scope="module")
-def tiny(host_nodes):
-    return tiny_models.eps_prediction_model()
-
-
-@pytest.fixture(scope="module")
 def tensors(host_nodes, tiny):
     """Kind -> a file's tensors for one linear layer and one convolution."""
     pytest.importorskip("lycoris")

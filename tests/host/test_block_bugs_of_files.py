@@ -6,7 +6,7 @@ import comfy.lora
 import comfy.utils
 import pytest
 import torch
-from comfyui_trilora.tests.host import small_families, tiny_models
+from comfyui_trilora.tests.host import small_families
 from comfyui_trilora.tests.host.adapter_files import low_rank, normal
 from comfyui_trilora.tests.host.block_runs import LOADERS, load
 from comfyui_trilora.tests.host.foreign_writers import Twin, deltas, weight_of, write_peft
@@ -70,11 +70,6 @@ def test_I8_forms_that_the_host_converts_load(host_nodes, saved, loader, form):
         assert (key in patched.patches) == bool(ratio)
         assert not ratio or distance(weight_of(patched, key) - weight, ratio * (once - weight)) <= 1e-5, key
     assert seen == {0.5, *wanted.values()} and len(core.patches) >= 5
-
-
-@pytest.fixture(scope="module")
-def tiny(host_nodes):
-    return tiny_models.eps_prediction_model()
 
 
 @pytest.fixture(scope="module")

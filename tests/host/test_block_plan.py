@@ -2,8 +2,6 @@
 
 import json
 
-import comfy.model_base
-import comfy.supported_models
 import pytest
 import torch
 from comfyui_trilora.tests.host import tiny_models
@@ -28,25 +26,9 @@ WIDE = {"middle": {"IN06"}, "bottom": set()}  # what a target with convolutions 
 FLUX = {"double": "default=0, D=4", "single": "train_double_block_indices=none", "late": "default=0, S01=4"}
 
 
-def small_sd15(seed: int = 4) -> tiny_models.TinyModel:
-    """SD1.5's U-Net block by block, 64 channels wide."""
-    unet_config = {
-        "image_size": 32, "use_checkpoint": False, "use_spatial_transformer": True, "legacy": False, "in_channels": 4, "out_channels": 4,
-        "model_channels": 64, "channel_mult": [1, 1, 1, 1], "num_res_blocks": [2] * 4, "transformer_depth": [1] * 6 + [0] * 2,
-        "transformer_depth_output": [1] * 9 + [0] * 3, "transformer_depth_middle": 1, "context_dim": 48,
-        "use_linear_in_transformer": False, "adm_in_channels": None, "use_temporal_attention": False,
-    }  # fmt: skip
-    with torch.inference_mode():
-        config = comfy.supported_models.SD15(unet_config)
-        config.set_inference_dtype(torch.float32, None)
-        model = comfy.model_base.BaseModel(config, model_type=comfy.model_base.ModelType.EPS, device=torch.device("cpu"))
-        tiny_models.initialise(model.diffusion_model, seed)
-        return tiny_models.TinyModel(tiny_models.as_patcher(model), (1, 4, 16, 16), tiny_models.random_conditioning((1, 7, 48), seed))
-
-
 @pytest.fixture(scope="module")
 def sd15(host):
-    return small_sd15()
+    return tiny_models.sd15_model()
 
 
 @pytest.fixture(scope="module")

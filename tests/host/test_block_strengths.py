@@ -33,11 +33,6 @@ BENT = {"OFT", "BOFT", "norms, biases and whole weights"}  # core is no straight
 
 
 @pytest.fixture(scope="module")
-def tiny(host_nodes):
-    return tiny_models.eps_prediction_model()
-
-
-@pytest.fixture(scope="module")
 def clip(host_nodes, models_dir):
     return load_checkpoint(host_nodes)[1]
 

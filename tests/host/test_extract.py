@@ -14,11 +14,6 @@ from safetensors.torch import save_file
 
 
 @pytest.fixture(scope="module")
-def tiny(host_nodes):
-    return tiny_models.eps_prediction_model()
-
-
-@pytest.fixture(scope="module")
 def method(pack_module):
     """Function: kinds of residual and transform with their options -> TRILORA_METHOD."""
     registry = pack_module("trilora_ops.registry")
@@ -66,7 +61,7 @@ def difference(tuned, base, key: str) -> torch.Tensor:
 
 def applied(pack_module, adapter, patcher):
     """The base with the adapter on it, through the host's own names and patches."""
-    return pack_module("nodes.applying").apply_state(adapter, patcher, None, "the adapter", 1.0, 0.0)[0]
+    return pack_module("nodes.applying").apply_state(adapter, pack_module("nodes.types").StackEntry("the adapter", 1.0, 0.0), patcher, None)[0]
 
 
 def predict(tiny, patcher, seed=8):

@@ -38,6 +38,7 @@ if hasattr(comfy.ops, "scaled_fp8_ops"):
 def test_the_input_gradient_is_that_of_the_effective_weight(pack_module, kind):
     """grad_x = grad_y * W with W as used, on a weight made in inference mode; and `ComfyHost.weight` reads the same W."""
     frozen, compat = pack_module("training.frozen"), pack_module("nodes.compat")
+    products = pack_module("training.cpu_products").CpuProducts()
     with torch.inference_mode():
         layer, dtype, scale = KINDS[kind]()
         layer.weight = torch.nn.Parameter(draw(OUT, INP, seed=1).to(dtype), requires_grad=False)
@@ -48,7 +49,7 @@ def test_the_input_gradient_is_that_of_the_effective_weight(pack_module, kind):
             effective *= scale
     effective, bias = effective.clone(), layer.bias.float().clone()
     x, probe = draw(3, INP, seed=3).requires_grad_(), draw(3, OUT, seed=4)
-    y = frozen.frozen_forward(layer, layer.forward, compat.frozen_weight)(x)
+    y = frozen.frozen_forward(layer, layer.forward, compat.frozen_weight, products)(x)
     torch.testing.assert_close(y, F.linear(x, effective, bias), rtol=1e-5, atol=1e-5)
     (grad,) = torch.autograd.grad((y * probe).sum(), x)
     torch.testing.assert_close(grad, probe @ effective, rtol=1e-5, atol=1e-5)

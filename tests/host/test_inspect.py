@@ -5,14 +5,9 @@ import logging
 import numpy as np
 import pytest
 import torch
-from comfyui_trilora.tests.host import adapter_files, tiny_models
+from comfyui_trilora.tests.host import adapter_files
 from comfyui_trilora.tests.host.adapter_files import CONV, LINEAR, low_rank
 from comfyui_trilora.tests.host.tiny_run import run_node
-
-
-@pytest.fixture(scope="module")
-def tiny(host_nodes):
-    return tiny_models.eps_prediction_model()
 
 
 def inspect(host_nodes, adapter):

@@ -19,11 +19,6 @@ RANK = 2
 
 
 @pytest.fixture(scope="module")
-def tiny(host_nodes):
-    return tiny_models.eps_prediction_model()
-
-
-@pytest.fixture(scope="module")
 def twin(tiny):
     return Twin(tiny.patcher)
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from comfyui_trilora.tests.host import tiny_models
 from comfyui_trilora.tests.host.foreign_writers import deltas, weight_of
 from comfyui_trilora.tests.host.tiny_run import distance, list_saved_adapters, run_node
 from safetensors.torch import save_file
@@ -18,11 +17,6 @@ from torch import nn
 LINEAR = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q"
 CONV = "lora_unet_middle_block_0_in_layers_2"
 TARGETS = {LINEAR: "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight", CONV: "diffusion_model.middle_block.0.in_layers.2.weight"}
-
-
-@pytest.fixture(scope="module")
-def tiny(host_nodes):
-    return tiny_models.eps_prediction_model()
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 from comfyui_trilora.tests.host import small_families, tiny_models
-from comfyui_trilora.tests.host.test_block_plan import small_sd15, targets_of, train
+from comfyui_trilora.tests.host.test_block_plan import targets_of, train
 from comfyui_trilora.tests.host.tiny_run import list_saved_adapters, random_dataset, run_node
 
 
@@ -50,7 +50,7 @@ def tiny(host):
 
     def of(layout: str) -> tiny_models.TinyModel:
         if layout not in made:
-            build = {"SD1.5": small_sd15, "SDXL": small_sdxl, "Flux.1": small_flux}
+            build = {"SD1.5": tiny_models.sd15_model, "SDXL": small_sdxl, "Flux.1": small_flux}
             made[layout] = build[layout]()
         return made[layout]
 

@@ -40,11 +40,6 @@ def from_images(host_nodes, encoders):
     return encode
 
 
-@pytest.fixture
-def error(pack_module):
-    return pack_module("trilora_ops.errors").TriLoRAError
-
-
 def images(count, height=64, width=64, seed=0):
     return torch.rand((count, height, width, 3), generator=torch.Generator().manual_seed(seed))
 

@@ -50,11 +50,6 @@ def applied(host_nodes, patcher, entries, **inputs):
 
 
 @pytest.fixture(scope="module")
-def tiny(host_nodes):
-    return tiny_models.eps_prediction_model()
-
-
-@pytest.fixture(scope="module")
 def files(tiny, saved, pack_module):
     """Kind -> file name, of every kind there is."""
     pytest.importorskip("lycoris")

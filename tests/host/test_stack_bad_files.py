@@ -2,15 +2,10 @@
 
 import pytest
 import torch
-from comfyui_trilora.tests.host import adapter_files, tiny_models
+from comfyui_trilora.tests.host import adapter_files
 from comfyui_trilora.tests.host.adapter_files import CONV, LINEAR, low_rank, normal
 from comfyui_trilora.tests.host.tiny_run import list_saved_adapters, run_node, weights_hash
 from safetensors.torch import save_file
-
-
-@pytest.fixture(scope="module")
-def tiny(host_nodes):
-    return tiny_models.eps_prediction_model()
 
 
 @pytest.fixture
@@ -74,6 +69,10 @@ BROKEN = {
     "halves of a loha": (hada((128, 2), (2, 128), (64, 2), (2, 128)), "has halves of (128, 128) and (64, 128), which must"),
     "core": (mid((3, 4, 3, 3)), "has a core of (3, 4, 3, 3) between factors of (4, 128) and (4, 128, 1, 1)"),
     "half a lokr": ({f"{LINEAR}.lokr_w1": normal(8, 8)}, "lacks a factor of its Kronecker product"),
+    "inputs of a glora": (glora((96, 2), (2, 96), (128, 2), (2, 128)), "has a first pair of (96, 96) that mixes 128 inputs, expected (128, 128)"),
+    "inputs of an old glora": (glora((2, 96), (128, 2), (2, 128), (128, 2)), "has a first pair of (128, 96) that mixes 128 inputs"),
+    "more inputs than a glora has": (glora((192, 2), (2, 192), (128, 2), (2, 128)), "has a first pair of (192, 192) that mixes 128 inputs"),
+    "ranks of a glora's inputs": (glora((128, 3), (2, 128), (128, 2), (2, 128)), "has factors of (128, 3) and (2, 128), which cannot"),
     "vectors": ({f"{LINEAR}.lora_up.weight": normal(128), f"{LINEAR}.lora_down.weight": normal(128)}, "has factors of (128,) and (128,), which cannot"),
 }  # fmt: skip
 
@@ -113,6 +112,21 @@ def test_a_value_that_is_no_number(refused):
     tensors = low_rank(LINEAR, 128, 128)
     tensors[f"{LINEAR}.lora_up.weight"][3, 1] = float("nan")
     assert f"{LINEAR}.lora_up.weight: holds NaN" in refused(tensors)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("node", "field"), [(n, f) for n in ("TriLoRALoader", "TriLoRAAdapterStack", "TriLoRABakeAdapter") for f in ("strength_model", "strength_clip")])
+def test_a_strength_that_is_no_number(host_nodes, tiny, pack_module, node, field, value):
+    """The host lets NaN through: it is neither below the least nor above the largest value."""
+    file = list_saved_adapters() / "strength.safetensors"
+    save_file(low_rank(LINEAR, 128, 128), file)
+    given = {"lora_name": file.name} | ({"model": tiny.patcher} if node == "TriLoRALoader" else {})
+    if node == "TriLoRABakeAdapter":
+        given = {"model": tiny.patcher, "adapter": run_node(host_nodes, "TriLoRALoadAdapter", lora_name=file.name)[0]}
+    with pytest.raises(pack_module("trilora_ops.errors").TriLoRAError, match=f"{field}={value} for .*: a finite number"):
+        run_node(host_nodes, node, **given, **{field: value})
+    assert tiny.patcher.patches == {}
+    file.unlink()
 
 
 def test_a_file_of_another_model_family(refused):

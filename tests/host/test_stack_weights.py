@@ -23,11 +23,6 @@ def own(pack_module):
 
 
 @pytest.fixture(scope="module")
-def tiny(host_nodes):
-    return tiny_models.eps_prediction_model()
-
-
-@pytest.fixture(scope="module")
 def files(tiny, own):
     """[(patches by target key, strength)] of files of every kind."""
     pytest.importorskip("lycoris")

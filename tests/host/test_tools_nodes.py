@@ -5,7 +5,6 @@ import json
 import folder_paths
 import pytest
 import torch
-from comfyui_trilora.tests.host import tiny_models
 from comfyui_trilora.tests.host.test_applying import layer, merged_weight
 from comfyui_trilora.tests.host.tiny_run import distance, load_checkpoint, run_node
 from safetensors import safe_open
@@ -19,19 +18,9 @@ TEXT = "text_model.encoder.layers.3.mlp.fc1"
 
 
 @pytest.fixture(scope="module")
-def tiny(host_nodes):
-    return tiny_models.eps_prediction_model()
-
-
-@pytest.fixture(scope="module")
 def sd15(host_nodes, models_dir):
     """(MODEL, CLIP) of the stock checkpoint."""
     return load_checkpoint(host_nodes)[:2]
-
-
-@pytest.fixture
-def error(pack_module):
-    return pack_module("trilora_ops.errors").TriLoRAError
 
 
 def renamed(tensors: dict, names: dict, peft: bool = False) -> dict:

@@ -159,7 +159,7 @@ def test_the_injected_adapters_compute_what_the_patched_model_does(host_nodes, b
                 injected = host.denoise(x, sigma, host.collate([sample]))
         tensors, _ = pack_module("training.export").export_tensors(adapters, host.family(), host.layers())
     state = pack_module("trilora_ops.checkpoint").AdapterState(tensors)
-    patched, _ = pack_module("nodes.applying").apply_state(state, base[0], None, "adapter", 1.0, 0.0)
+    patched, _ = pack_module("nodes.applying").apply_state(state, pack_module("nodes.types").StackEntry("adapter", 1.0, 0.0), base[0], None)
     comfy.model_management.load_models_gpu([patched])
     with torch.inference_mode():
         merged = patched.model.apply_model(x, sigma, **host.collate([sample]))

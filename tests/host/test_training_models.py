@@ -64,6 +64,17 @@ def test_training_lowers_the_loss_on_fixed_noise(runs):
         assert progress.skipped == 0 and after < 0.99 * before
 
 
+def test_the_log_tells_of_every_twentieth_of_a_run(engine, caplog):
+    """However fast the steps are; the node's own text changes twice a second."""
+    tiny = MODELS["v"]()
+    method = engine["registry"].Method(engine["lora"].LoraConfig(rank=1))
+    with caplog.at_level("INFO", logger="trilora"):
+        engine["training_run"].run(engine["comfy_host"].ComfyHost(tiny.patcher), random_dataset(engine["types"], tiny), method,
+                                   config(engine, steps=41, batch_size=1), "attention", None)
+    told = [record.getMessage().split()[1] for record in caplog.records if record.getMessage().startswith("step ")]
+    assert told == [f"{step}/41" for step in (*range(2, 41, 2), 41)]
+
+
 def test_checkpointing_changes_nothing_but_memory(runs):
     """Same losses, same gradients, same adapter."""
     *_, results, _ = runs
@@ -143,7 +154,7 @@ def test_training_on_top_of_another_adapter(engine, pack_module):
         state, _, _, (before, _) = engine["training_run"].run(host, dataset, method, config(engine, steps=1), "attention", None)
         befores.append(before)
     assert abs(befores[0] - befores[1]) > 1e-4 * befores[0]
-    adapted, _ = pack_module("nodes.applying").apply_state(state, patched, None, "adapter", 1.0, 0.0)
+    adapted, _ = pack_module("nodes.applying").apply_state(state, pack_module("nodes.types").StackEntry("adapter", 1.0, 0.0), patched, None)
     assert len(adapted.patches[key]) == 2 and len(patched.patches) == 1
 
 

@@ -130,11 +130,6 @@ def test_slices_functions_model_strength_and_memory_order(ops):
 
 
 @pytest.fixture(scope="module")
-def tiny(host_nodes):
-    return tiny_models.eps_prediction_model()
-
-
-@pytest.fixture(scope="module")
 def file(ops, tiny):
     """(file tensors, {key: dense delta}) of a TLoRA on a linear layer and a convolution of a real model of the host."""
     registry = ops["registry"]
@@ -176,7 +171,7 @@ def test_core_and_our_loader_and_bypass_give_one_output(ops, pack_module, tiny, 
     base = outputs(tiny, tiny.patcher)
     by_core = outputs(tiny, comfy.sd.load_lora_for_models(tiny.patcher, None, dict(tensors), 0.9, 0)[0])
     state = ops["checkpoint"].AdapterState(tensors)
-    by_ours = outputs(tiny, pack_module("nodes.applying").apply_state(state, tiny.patcher, None, "file", 0.9, 0.0)[0])
+    by_ours = outputs(tiny, pack_module("nodes.applying").apply_state(state, pack_module("nodes.types").StackEntry("file", 0.9, 0.0), tiny.patcher, None)[0])
     dense = tiny.patcher.clone()
     dense.add_patches(deltas, 0.9)
     wanted = outputs(tiny, dense)
@@ -191,7 +186,7 @@ def test_a_layer_of_another_size_is_refused_before_anything_is_applied(ops, pack
     tensors = {key.replace(LINEAR, LINEAR.replace("attn1.to_q", "attn2.to_k")): t for key, t in file[0].items()}
     tensors = {key: (t[:5, :5] if key.endswith("transform.core0") else t) for key, t in tensors.items()}
     with pytest.raises(ops["errors"].TriLoRAError, match="multiply to|expected"):
-        pack_module("nodes.applying").apply_state(ops["checkpoint"].AdapterState(tensors), tiny.patcher, None, "file", 1.0, 0.0)
+        pack_module("nodes.applying").apply_state(ops["checkpoint"].AdapterState(tensors), pack_module("nodes.types").StackEntry("file", 1.0, 0.0), tiny.patcher, None)
 
 
 def test_without_the_class_a_file_loads_nothing_rather_than_half(own, file, monkeypatch):

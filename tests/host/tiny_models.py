@@ -88,6 +88,22 @@ def v_prediction_model() -> TinyModel:
     return unet_model(comfy.model_base.ModelType.V_PREDICTION)
 
 
+def sd15_model(seed: int = 4) -> TinyModel:
+    """SD1.5's U-Net block by block, 64 channels wide."""
+    unet_config = {
+        "image_size": 32, "use_checkpoint": False, "use_spatial_transformer": True, "legacy": False, "in_channels": 4, "out_channels": 4,
+        "model_channels": 64, "channel_mult": [1, 1, 1, 1], "num_res_blocks": [2] * 4, "transformer_depth": [1] * 6 + [0] * 2,
+        "transformer_depth_output": [1] * 9 + [0] * 3, "transformer_depth_middle": 1, "context_dim": 48,
+        "use_linear_in_transformer": False, "adm_in_channels": None, "use_temporal_attention": False,
+    }  # fmt: skip
+    with torch.inference_mode():
+        config = comfy.supported_models.SD15(unet_config)
+        config.set_inference_dtype(torch.float32, None)
+        model = comfy.model_base.BaseModel(config, model_type=comfy.model_base.ModelType.EPS, device=torch.device("cpu"))
+        initialise(model.diffusion_model, seed)
+        return TinyModel(as_patcher(model), (1, 4, 16, 16), random_conditioning((1, 7, 48), seed))
+
+
 def flow_model(seed: int = 2) -> TinyModel:
     """An SD3 of width 128 with two joint blocks: a rectified-flow model that plain autograd differentiates."""
     unet_config = {
