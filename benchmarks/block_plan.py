@@ -115,7 +115,7 @@ def main() -> None:
         host_class, config = module(f"{PACKAGE}.nodes.comfy_host").ComfyHost, module(f"{PACKAGE}.training.config").TrainingConfig
         rows = []
         with torch.inference_mode(False):
-            host = host_class(sd15.load_unet(path))
+            host = host_class(sd15.load_unet(path), config().precision)
             with host.session():
                 samples = samples_of(host, args.side)
                 for batch in args.batch:
@@ -123,7 +123,7 @@ def main() -> None:
                     settings = config(steps=args.runs + 1 + PEAKS, batch_size=batch, checkpointing=args.checkpointing)
                     rows += rows_of(host, by_plan, samples, settings, args.runs, files)
         print(f"{measure.describe_machine(version, args.device)}; U-Net of {weights / 1e6:.0f} M parameters, {args.method} of rank {args.rank}, "
-              f"target {args.target}, {args.side} x {args.side} latents{', checkpointing' if args.checkpointing else ''}, "
+              f"target {args.target}, computed in {str(host.compute_dtype).removeprefix('torch.')}, {args.side} x {args.side} latents{', checkpointing' if args.checkpointing else ''}, "
               f"median of {args.runs} alternating steps; ratios to the full plan\n")
         print(measure.table(["batch", "plan", "layers", "parameters", "ratio", "file", "ratio", "step", "ratio", "memory", "ratio"], rows))
 

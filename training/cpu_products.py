@@ -19,7 +19,7 @@ from torch import Tensor, nn
 _DTYPES = (torch.float32, torch.bfloat16)
 _MANY_ROWS, _MANY_ROWS_BACK = 256, 512  # the backward pass also turns W round
 _FEW_POSITIONS = 128  # batch times space
-_PIECE = 15 * 2**20  # entries; a 3x3 convolution between 1280 channels just fits
+_PIECE = 15 * 2**20  # entries at the most; a 3x3 convolution between 1280 channels just fits
 
 
 class CpuProducts:
@@ -79,8 +79,8 @@ class CpuProducts:
             return weight
         if weight.numel() > _PIECE:
             return weight.to(like.dtype)
-        if self._piece is None or self._piece.dtype != like.dtype:
-            self._piece = like.new_empty(_PIECE)
+        if self._piece is None or self._piece.dtype != like.dtype or len(self._piece) < weight.numel():
+            self._piece = like.new_empty(weight.numel())
         return self._piece[:weight.numel()].view(weight.shape).copy_(weight)
 
 

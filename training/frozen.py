@@ -25,15 +25,20 @@ class _FrozenForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, module: nn.Module, forward: Callable, fetch: Fetch, products: CpuProducts) -> Tensor:
         ctx.module, ctx.fetch, ctx.products, ctx.shape = module, fetch, products, x.shape
-        if not products.take(module, x):
-            return forward(x)
-        with fetch(module, _like(module, x)) as weight:
-            return products.output(module, x, weight)
+        return _output(x, module, forward, fetch, products)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         return _input_gradient(ctx.module, grad, ctx.shape, ctx.fetch, ctx.products), None, None, None, None
+
+
+def _output(x: Tensor, module: nn.Module, forward: Callable, fetch: Fetch, products: CpuProducts) -> Tensor:
+    # a forward pass that somebody has put in the place of the layer's own may do more than multiply
+    if getattr(forward, "__func__", None) is not type(module).forward or not products.take(module, x):
+        return forward(x)
+    with fetch(module, _like(module, x)) as weight:
+        return products.output(module, x, weight)
 
 
 def _input_gradient(module: nn.Module, grad: Tensor, shape: torch.Size, fetch: Fetch, products: CpuProducts) -> Tensor:
@@ -63,8 +68,9 @@ def frozen_forward(module: nn.Module, forward: Callable, fetch: Fetch, products:
     """`forward` with the memory-free backward pass; anything beyond a single tensor argument goes to `forward` itself."""
 
     def call(x: Tensor, *args, **kwargs) -> Tensor:
-        if not x.requires_grad or args or kwargs:
+        if args or kwargs:
             return forward(x, *args, **kwargs)
-        return _FrozenForward.apply(x, module, forward, fetch, products)
+        compute = _FrozenForward.apply if x.requires_grad else _output
+        return compute(x, module, forward, fetch, products)
 
     return call
