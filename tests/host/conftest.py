@@ -130,6 +130,14 @@ def tiny(host_nodes):
     return tiny_models.eps_prediction_model()
 
 
+@pytest.fixture
+def hook(host_nodes):
+    """Function: inputs of Adapter Hook -> its HOOKS."""
+    from comfyui_trilora.tests.host.tiny_run import run_node
+
+    return lambda lora_name, **inputs: run_node(host_nodes, "TriLoRAAdapterHook", lora_name=lora_name, **inputs)[0]
+
+
 @pytest.fixture(scope="session")
 def base_dir(host) -> Path:
     """The base directory that keeps the tests out of the installation's own models, outputs and user data."""

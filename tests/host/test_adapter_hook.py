@@ -43,12 +43,6 @@ def prompts(tiny):
 
 
 @pytest.fixture
-def hook(host_nodes):
-    """Function: inputs of the node -> its HOOKS."""
-    return lambda lora_name, **inputs: run_node(host_nodes, "TriLoRAAdapterHook", lora_name=lora_name, **inputs)[0]
-
-
-@pytest.fixture
 def load(host_nodes, tiny):
     """Function: inputs of the loader -> MODEL."""
     return lambda lora_name, strength_model=1.0, model=None, **inputs: run_node(

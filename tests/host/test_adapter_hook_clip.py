@@ -25,12 +25,6 @@ def prompts(tiny):
     return tiny.conditioning, other_prompt(tiny)
 
 
-@pytest.fixture
-def hook(host_nodes):
-    """Function: inputs of the node -> its HOOKS."""
-    return lambda lora_name, **inputs: run_node(host_nodes, "TriLoRAAdapterHook", lora_name=lora_name, **inputs)[0]
-
-
 def encoder_file(clip, denoiser: dict | None = None) -> dict[str, torch.Tensor]:
     """A LoRA under kohya's names for the text encoder's attention, and layers of a denoiser."""
     tensors = dict(denoiser or {})

@@ -24,12 +24,6 @@ def prompts(tiny):
 
 
 @pytest.fixture
-def hook(host_nodes):
-    """Function: inputs of the node -> its HOOKS."""
-    return lambda lora_name, **inputs: run_node(host_nodes, "TriLoRAAdapterHook", lora_name=lora_name, **inputs)[0]
-
-
-@pytest.fixture
 def core_hook(host_nodes):
     """Function: inputs of core's Create Hook LoRA (MO) -> HOOKS."""
     return lambda name, strength, prev=None: run_node(host_nodes, "CreateHookLoraModelOnly", lora_name=name, strength_model=strength, prev_hooks=prev)[0]

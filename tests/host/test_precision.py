@@ -12,12 +12,7 @@ FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 def in_dtype(stored: torch.dtype, compute: torch.dtype | None):
     """The eps model with weights in `stored`, computing in `compute` where that is given."""
-    model = tiny_models.eps_prediction_model().patcher.model
-    with torch.inference_mode():
-        model.model_config.set_inference_dtype(stored, compute)
-        again = type(model)(model.model_config, model_type=model.model_type, device=torch.device("cpu"))
-        again.diffusion_model.load_state_dict(model.diffusion_model.state_dict())
-    return tiny_models.as_patcher(again)
+    return tiny_models.as_patcher(tiny_models.as_stored(tiny_models.eps_prediction_model().patcher.model, stored, compute))
 
 
 def casting(patcher) -> list:

@@ -25,15 +25,6 @@ def condition(patcher) -> tuple:
     return weights_hash(patcher), [(id(p), p.requires_grad) for p in patcher.model.parameters()]
 
 
-def as_stored(model, dtype: torch.dtype, compute: torch.dtype | None = torch.float32):
-    """The model again with its weights in ``dtype``, computing in ``compute``, or in ``dtype`` itself where that is None."""
-    with torch.inference_mode():
-        model.model_config.set_inference_dtype(dtype, compute)
-        again = type(model)(model.model_config, model_type=model.model_type, device=torch.device("cpu"))
-        again.diffusion_model.load_state_dict(model.diffusion_model.state_dict())
-    return again
-
-
 def config(engine, **changes):
     settings = {"steps": 6, "learning_rate": 5e-3, "batch_size": 2, "schedule": "constant", "warmup": 0.0, "caption_dropout": 0.1}
     return engine["config"].TrainingConfig(**{**settings, **changes})
@@ -163,7 +154,7 @@ def test_training_on_top_of_another_adapter(engine, pack_module):
 def test_weights_stored_in_fewer_bits_train_as_their_values_do(engine, stored, checkpointing):
     """A base in bf16 or fp8 that computes in fp32: the losses of the same run on an fp32 base of the same values."""
     tiny, exact = (tiny_models.v_prediction_model() for _ in range(2))
-    small = as_stored(tiny.patcher.model, stored)
+    small = tiny_models.as_stored(tiny.patcher.model, stored)
     with torch.inference_mode():
         exact.patcher.model.diffusion_model.load_state_dict({k: v.float() for k, v in small.diffusion_model.state_dict().items()})
     method = engine["registry"].Method(engine["lora"].LoraConfig(rank=2))
@@ -182,7 +173,7 @@ def test_weights_stored_in_fewer_bits_train_as_their_values_do(engine, stored, c
 def test_a_model_that_computes_in_bf16_learns_in_fp32(engine):
     """Half-precision activations, full-precision adapters: small steps are not lost to rounding."""
     tiny = tiny_models.v_prediction_model()
-    half = as_stored(tiny.patcher.model, torch.bfloat16, compute=None)
+    half = tiny_models.as_stored(tiny.patcher.model, torch.bfloat16, compute=None)
     host = engine["comfy_host"].ComfyHost(tiny_models.as_patcher(half))
     assert host.compute_dtype == torch.bfloat16
     method = engine["registry"].Method(engine["lora"].LoraConfig(rank=2))

@@ -56,6 +56,15 @@ def as_patcher(model: torch.nn.Module) -> comfy.model_patcher.ModelPatcher:
     )
 
 
+def as_stored(model, dtype: torch.dtype, compute: torch.dtype | None = torch.float32):
+    """The model again with its weights in ``dtype``, computing in ``compute``, or in ``dtype`` itself where that is None."""
+    with torch.inference_mode():
+        model.model_config.set_inference_dtype(dtype, compute)
+        again = type(model)(model.model_config, model_type=model.model_type, device=torch.device("cpu"))
+        again.diffusion_model.load_state_dict(model.diffusion_model.state_dict())
+    return again
+
+
 def random_conditioning(shape: tuple[int, int, int], seed: int, **options) -> list:
     """CONDITIONING with one entry of shape (1, T, D), unit variance."""
     return [[torch.randn(shape, generator=torch.Generator().manual_seed(seed)), options]]
