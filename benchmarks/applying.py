@@ -102,7 +102,7 @@ def row(times: dict, peaks: dict, first: list[str]) -> list[str]:
     cells = list(first)
     total = {name: [a + b for a, b in zip(*pair, strict=True)] for name, pair in times.items()}
     for mine, theirs in zip((*times["ours"], total["ours"]), (*times["peer"], total["peer"]), strict=True):
-        cells.append(f"{measure.median(mine):.2f} / {measure.median(theirs):.2f} s")
+        cells.append(f"{measure.shown(measure.median(mine))} / {measure.shown(measure.median(theirs))}")
     cells.append(f"**{measure.ratio(total['ours'], total['peer']):.2f}**")
     return [*cells, f"{peaks['ours'] / MIB:.0f} / {peaks['peer'] / MIB:.0f} MiB"]
 

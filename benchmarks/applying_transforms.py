@@ -69,7 +69,7 @@ def time_loader(folder: Path, small: bool, runs: int) -> list[list[str]]:
         side.reset()
     times = applying.turns(sides, runs)
     total = {name: [a + b for a, b in zip(*times[name], strict=True)] for name in sides}
-    return [[name, f"{measure.median(times[name][0]):.2f} s", f"{measure.median(times[name][1]):.2f} s",
+    return [[name, measure.shown(measure.median(times[name][0])), measure.shown(measure.median(times[name][1])),
              f"**{measure.ratio(total[name], total['lora']):.2f}**", f"{peaks[name] / MIB:.0f} MiB"] for name in METHODS]
 
 

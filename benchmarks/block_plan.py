@@ -87,7 +87,7 @@ def rows_of(host, by_plan: Mapping[str, dict], samples, config, runs: int, folde
     parameters = {name: count(adapters) for name, adapters in by_plan.items()}
     sizes = {name: file_size(host, adapters, folder) for name, adapters in by_plan.items()}
     return [[str(config.batch_size), name, str(len(by_plan[name])), f"{parameters[name] / 1e6:.2f} M", ratio(parameters[name], parameters["full"]),
-             f"{sizes[name] / MIB:.2f} MiB", ratio(sizes[name], sizes["full"]), f"{measure.median(times[name]):.2f} s",
+             f"{sizes[name] / MIB:.2f} MiB", ratio(sizes[name], sizes["full"]), measure.shown(measure.median(times[name])),
              f"**{measure.ratio(times[name], times['full']):.2f}**", f"{peaks[name] / MIB:.0f} MiB", f"**{ratio(peaks[name], peaks['full'])}**"]
             for name in by_plan]
 

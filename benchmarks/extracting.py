@@ -97,7 +97,7 @@ def main() -> None:
         sides = {"ours": lambda: errors.update(ours=ours(layers, svd)), "peer": lambda: errors.update(peer=peer(layers, RANK))}
         peaks = {name: measure.peak_memory(run) for name, run in sides.items()}
         times = measure.alternate(sides, args.runs)
-        rows = [[f"TriLoRA, rank {RANK}", f"{measure.median(times['ours']):.2f} / {measure.median(times['peer']):.2f} s",
+        rows = [[f"TriLoRA, rank {RANK}", f"{measure.shown(measure.median(times['ours']))} / {measure.shown(measure.median(times['peer']))}",
                  f"**{measure.ratio(times['ours'], times['peer']):.3f}**", f"{peaks['ours'] / MIB:.0f} / {peaks['peer'] / MIB:.0f} MiB",
                  f"{total_error(layers, errors['ours']):.4f}", f"{total_error(layers, errors['peer']):.4f}"]]
         print("  ".join(rows[-1]), flush=True)
@@ -106,7 +106,7 @@ def main() -> None:
                 errors[name] = ours(layers, method)
 
             peak = measure.peak_memory(lambda fit=fit: taken.append(measure.seconds(fit)))
-            rows.append([name, f"{taken[-1]:.2f} s", "", f"{peak / MIB:.0f} MiB", f"{total_error(layers, errors[name]):.4f}",
+            rows.append([name, measure.shown(taken[-1]), "", f"{peak / MIB:.0f} MiB", f"{total_error(layers, errors[name]):.4f}",
                          f"{total_error(layers, peer(layers, rank)):.4f}"])
             print("  ".join(rows[-1]), flush=True)
         print(f"\n{measure.describe_machine(version, args.device)}; {len(layers)} layers, median of {args.runs} alternating runs, ours / exact SVD\n")

@@ -154,6 +154,11 @@ def median(times: Sequence[float]) -> float:
     return statistics.median(times)
 
 
+def shown(seconds: float) -> str:
+    """A time for people: seconds from 1 s up, milliseconds below."""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
 def ratio(ours: Sequence[float], peer: Sequence[float]) -> float:
     """Median of the ratios ours_i / peer_i of runs made one after the other (unitless, below 1 = ours is faster)."""
     return statistics.median(a / b for a, b in zip(ours, peer, strict=True))

@@ -150,9 +150,9 @@ def main() -> None:
                     rows.append([str(batch), label, "", peaks, "", "", ""])
                     continue
                 mine, theirs = times["ours"], times["peer"]
-                rows.append([str(batch), label, f"{measure.median(mine):.2f} s", f"{measure.median(theirs):.2f} s",
+                rows.append([str(batch), label, measure.shown(measure.median(mine)), measure.shown(measure.median(theirs)),
                              f"**{measure.ratio(mine, theirs):.2f}**", f"{peaks['ours'] / MIB:.0f} MiB", f"{peaks['peer'] / MIB:.0f} MiB"])
-                print("  ".join(rows[-1]), " ours", [round(t, 2) for t in mine], "peer", [round(t, 2) for t in theirs], flush=True)
+                print("  ".join(rows[-1]), " ours", [round(t, 4) for t in mine], "peer", [round(t, 4) for t in theirs], flush=True)
         print(f"\n{measure.describe_machine(version, args.device)}; U-Net of {parameters / 1e6:.0f} M parameters, "
               f"{ours.layers} layers, rank {RANK}, {SIDE} x {SIDE} latents, ours: {args.method}, computed in {ours.dtype}; median of {args.runs} alternating steps\n")
         print(measure.table(["batch", "host's Train LoRA node", "ours", "host", "ours / host", "our memory", "host's memory"], rows))

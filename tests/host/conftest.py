@@ -2,6 +2,7 @@
 
 The host is COMFYUI_PATH, else the ComfyUI in whose custom_nodes/ this repository lies, else ~/comfy/ComfyUI, provided
 that the interpreter running pytest can import it. TRILORA_REQUIRE_HOST=1 turns its absence into a failure.
+TRILORA_TEST_DEVICE=cuda lets it use its GPU; by default it runs on the processor.
 
 The host loads the pack under a module name of its own, so its classes are not those of ``comfyui_trilora``: host tests
 take modules from the fixtures ``pack`` and ``pack_module``.
@@ -30,7 +31,8 @@ try:
     found = installation.find_host()
     for folder in BASE_FOLDERS:
         (BASE / folder).mkdir(parents=True, exist_ok=True)
-    HOST = installation.import_host(found, ["--cpu", "--base-directory", str(BASE)])
+    device = [] if os.environ.get("TRILORA_TEST_DEVICE") == "cuda" else ["--cpu"]
+    HOST = installation.import_host(found, [*device, "--base-directory", str(BASE)])
 except installation.HostUnavailable as error:
     WHY_NOT = str(error)
     if os.environ.get("TRILORA_REQUIRE_HOST") == "1":
