@@ -54,7 +54,7 @@ def tensors_of(kind: str, seed: int = 0) -> dict[str, torch.Tensor]:
         "glora without alpha": lambda: {".a1.weight": n(IN, 2), ".a2.weight": n(2, IN), ".b1.weight": n(OUT, 2), ".b2.weight": n(2, IN)},
         "full": lambda: {".diff": n(OUT, IN)}, "norm": lambda: {".w_norm": n(OUT), ".b_norm": n(OUT)},
         "dora": lambda: lora | alpha | {".dora_scale": n(OUT, 1)}, "peft dora": lambda: lora | {".lora_magnitude_vector": n(OUT)},
-        "oft": lambda: {".oft_blocks": n(3, 4, 4)}, "boft": lambda: {".oft_blocks": n(2, 3, 4, 4)}, "set": lambda: {".set_weight": n(OUT, IN)},
+        "oft": lambda: {".oft_blocks": n(3, 4, 4)}, "boft": lambda: {".oft_blocks": n(1, 3, 4, 4)}, "set": lambda: {".set_weight": n(OUT, IN)},
         "wide": lambda: {".lora_B.weight": n(OUT, 3), ".lora_A.weight": n(3, IN), ".reshape_weight": torch.tensor([OUT, IN])},
     }[kind]()  # fmt: skip
 
@@ -302,6 +302,7 @@ def test_what_cannot_be_baked():
     with pytest.raises(TriLoRAError, match="holds NaN"):
         bake([Source(AdapterState({f"{NAME}0.diff": torch.full((3,), torch.nan)}), {f"{NAME}0": 1.0})], names)
     broken = {e: t for e, t in tensors_of("loha without alpha").items() if e != ".hada_w1_a"} | {".dora_scale": draw(OUT, 1)}
-    assert bake([Source(AdapterState({f"{NAME}0{e}": t for e, t in broken.items()}), {f"{NAME}0": 1.0})], names)[0].keys()
+    with pytest.raises(TriLoRAError, match="hada_w1_a is missing, the other half"):
+        bake([Source(AdapterState({f"{NAME}0{e}": t for e, t in broken.items()}), {f"{NAME}0": 1.0})], names)
     stray = AdapterState(state_of("lora") | {f"{NAME}0.scalar": torch.ones(())})
     assert bake([Source(stray, {f"{NAME}0": 2.0})], names)[1].unread == (f"{NAME}0.scalar",)

@@ -122,7 +122,7 @@ def test_an_unmarked_file_is_brought_into_canonical_form():
      (lambda s: s.pop(f"{LINEAR}.alpha"), [f"missing: {LINEAR}.alpha"]),
      (lambda s: s.update({f"{LINEAR}.lora_up.weight": draw(7, 4)}), [f"{LINEAR}.lora_up.weight", "(7, 4)", "(3, 12)"]),
      (lambda s: s.update({f"{LINEAR}.lora_up.weight": draw(7)}), [f"{LINEAR}.lora_up.weight", "(7,)"]),
-     (lambda s: s.update({f"{CONV}.alpha": draw(2)}), [f"{CONV}.lora_up.weight", "alpha", "(2,)"]),
+     (lambda s: s.update({f"{CONV}.alpha": draw(2)}), [f"{CONV}.alpha", "(2,)", "one number"]),
      (lambda s: s[f"{CONV}.lora_down.weight"].view(-1)[3].fill_(float("nan")), [f"{CONV}.lora_down.weight", "NaN"]),
      (lambda s: s[f"{LINEAR}.alpha"].fill_(float("inf")), [f"{LINEAR}.alpha", "infinite"])],
     ids=["unknown", "unknown-ending", "no-up", "no-down", "no-alpha", "wrong-rank", "one-axis", "alpha-shape", "nan", "inf"],

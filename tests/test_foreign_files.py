@@ -64,9 +64,12 @@ def test_every_spelling_of_a_pair(up, down):
     torch.testing.assert_close(layers["a.b"].pair.dense(), 0.5 * draw(7, 2) @ draw(2, 5, seed=1))
 
 
-@pytest.mark.parametrize("companion", ["lora_mid.weight", "dora_scale", "reshape_weight", "lora_magnitude_vector"])
+COMPANIONS = {"lora_mid.weight": draw(2, 2, 3), "dora_scale": draw(7, 1), "reshape_weight": torch.tensor([9, 5]), "lora_magnitude_vector": draw(7)}
+
+
+@pytest.mark.parametrize("companion", COMPANIONS)
 def test_layers_with_a_companion_stay_whole(companion):
-    tensors = {"x.lora_up.weight": draw(7, 2), "x.lora_down.weight": draw(2, 5), "x.alpha": torch.tensor(1.0), f"x.{companion}": draw(2)}
+    tensors = {"x.lora_up.weight": draw(7, 2), "x.lora_down.weight": draw(2, 5), "x.alpha": torch.tensor(1.0), f"x.{companion}": COMPANIONS[companion]}
     layers, rest = split_layers(tensors)
     assert layers == {} and rest.keys() == tensors.keys()
 

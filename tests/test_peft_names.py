@@ -100,7 +100,7 @@ def test_a_peft_file_reads_back_as_the_same_adapter(tmp_path, dtype):
 
 
 def test_other_kinds_do_not_fit_into_a_peft_file():
-    for other in ({"x.hada_w1_a": draw(3)}, {"a.transform.core0": draw(2)}):
+    for other in ({"x.diff": draw(3)}, {"a.transform.core0": draw(2)}):
         with pytest.raises(TriLoRAError, match=f"keys=peft: {next(iter(other))} is not part of a plain LoRA layer"):
             peft_state(AdapterState({**adapter_state(), **other}, {}))
 

@@ -81,7 +81,7 @@ def test_power_and_cap_are_on_each_layers_own_spectrum():
 
 
 def test_other_kinds_are_carried_over_and_counted():
-    other = {"x.hada_w1_a": draw(3, 2), "y.dora_scale": draw(4), "lora_unet_w.diff": draw(3)}
+    other = {"x.set_weight": draw(3, 2), "y.dora_scale": draw(4), "lora_unet_w.diff": draw(3)}
     state = AdapterState({**adapter(), **other})
     small, report = resize(state, rank=1)
     assert report.kept == tuple(sorted(other)) and all(torch.equal(small[key], tensor) for key, tensor in other.items())
@@ -177,19 +177,19 @@ def transform():
 @pytest.mark.parametrize(
     ("action", "words"),
     [(lambda: resize(transform(), 2), "a.transform.core0: .* Extract Adapter"),
-     (lambda: resize(AdapterState({"x.hada_w1_a": draw(3, 2)}), 2), "no plain low-rank layer"),
+     (lambda: resize(AdapterState({"x.diff": draw(3, 2)}), 2), "no plain low-rank layer"),
      (lambda: resize(adapter(), rank=-1), "rank=-1"),
      (lambda: resize(adapter(), energy=1.5), "keep_energy=1.5"),
      (lambda: resize(adapter(), power=-1), "power=-1"),
      (lambda: resize(adapter(), cap=2), "cap=2"),
      (lambda: merge_adapters([]), "no adapter to merge"),
      (lambda: merge_adapters([(adapter(), 1.0), (transform(), 1.0)]), "a.transform.core0: .* merged .* Adapter Stack"),
-     (lambda: merge_adapters([(AdapterState({**adapter(), "x.hada_w1_a": draw(3, 2)}), 1.0)]), "x.hada_w1_a: .* Extract Adapter"),
+     (lambda: merge_adapters([(AdapterState({**adapter(), "x.diff": draw(3, 2)}), 1.0)]), "x.diff: .* Extract Adapter"),
      (lambda: merge_adapters([(adapter(), float("nan"))]), "weight=nan"),
      (lambda: merge_adapters([(adapter(), 1.0), (AdapterState(FileLayer(LowRank(draw(13, 2), draw(2, 8))).tensors("lora_unet_down_blocks_0_x")), 1.0)]),
       r"lora_unet_down_blocks_0_x: .*\(13, 8.*\(13, 9.* different models"),
      (lambda: resize(AdapterState({**adapter(), "x.diff": torch.tensor([float("nan")])}), 2), "x.diff: holds NaN")],
-    ids=["resize transform", "nothing", "rank", "energy", "power", "cap", "no parts", "merge transform", "merge LoHa", "weight", "sizes", "nan"],
+    ids=["resize transform", "nothing", "rank", "energy", "power", "cap", "no parts", "merge transform", "merge diff", "weight", "sizes", "nan"],
 )  # fmt: skip
 def test_refusals(action, words):
     with pytest.raises(TriLoRAError, match=words):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,27 +13,23 @@ from torch import Tensor
 from .adapter import LayerShape
 from .block_names import InFile, blocks_in_file
 from .blocks import BASE
-from .checkpoint import PARTS, part_of, split_layers
-from .errors import TriLoRAError
+from .errors import TriLoRAError, bounded
 from .factors import LowRank, canonicalise, is_canonical, spectrum
+from .files.kinds import by_layer, kind_of, read_layer
+from .files.low_rank import LowRankLayer
+from .files.transform import TransformLayer
 from .registry import RESIDUALS, TRANSFORMS, read_part
 
 LOW_RANK = "low-rank"
 _ROWS = 512  # of T at a time
-# (what marks a tensor's name, the kind of layer it makes), the most telling first
-_KINDS = (  # patterns as text: compiling all of them would take a tenth of the pack's import
-    (r"\.hada_", "LoHa"), (r"\.lokr_", "LoKr"), (r"\.oft_", "OFT or BOFT"), (r"\.a1\.weight$", "GLoRA"), (r"\.(dora_scale|lora_magnitude_vector)", "DoRA"),
-    (r"\.lora_mid", "low-rank with a Tucker core"), (r"\.reshape_weight$", "low-rank with a new shape"), (r"\.diff$", "full difference"),
-    (r"\.diff_b$", "difference of a bias"), (r"\.[bw]_norm$", "norm"), (r"\.set_weight$", "replaced weight"))
-_TAIL = (r"(\.(?:hada_|lokr_|oft_|[ab][12]\.|dora_scale|lora_|diff|[bw]_norm|set_weight|reshape_weight|alpha|scale|weight|bias)"
-         r"|_lora\.).*$")
+_LONGEST_NAME = 90  # in a picture
 
 
 @dataclass(frozen=True)
 class LayerFacts:
     """One layer of an adapter.
 
-    kind: "low-rank", a pair such as "tensor_ring+lora", or another trainer's kind by name; bytes: of its tensors.
+    kind: "low-rank", a pair such as "tensor_ring+lora", or a kind of `files.kinds` by name; bytes: of its tensors.
     sigma: (r,) singular values of R, falling, None for kinds that are not measured.
     change: |T - I|_F / sqrt(J), the root mean square by which T moves a random unit vector; None without a transform.
     place: the block of the model in which it lies, as the name tells it.
@@ -55,7 +51,8 @@ class LayerFacts:
     def short_name(self) -> str:
         """For a picture: the block, and what is left of the name within it, "IN01 · attn1_to_q"."""
         rest = re.sub(r"^\d+_(?=\D)", "", self.place.rest.replace(".", "_"))  # the slot within an LDM block
-        return f"{self.block} · " + re.sub(r"transformer_blocks_(\d+)_", lambda m: "" if m[1] == "0" else f"t{m[1]} ", rest)
+        name = f"{self.block} · " + re.sub(r"transformer_blocks_(\d+)_", lambda m: "" if m[1] == "0" else f"t{m[1]} ", rest)
+        return bounded(name, _LONGEST_NAME)
 
     @property
     def rank(self) -> int:
@@ -76,15 +73,12 @@ class LayerFacts:
 def analyse(tensors: Mapping[str, Tensor]) -> list[LayerFacts]:
     """Facts of every layer, in the order of the model's blocks as far as names tell it.
 
-    Raises TriLoRAError where a low-rank pair's shapes do not fit. A transform's layer whose tensors no registered kind
-    reads is counted with the kind "unknown transform".
+    A layer that is not whole is "broken LoHa" or the like, a transform's layer whose tensors no registered kind reads
+    "unknown transform", and a tensor that belongs to no kind is a layer of its own, "unknown".
     """
-    plain, rest = split_layers(tensors)
-    alphas = {key: tensor for key, tensor in tensors.items() if key.endswith(".alpha")}
-    facts = [LayerFacts(name, LOW_RANK, _bytes((layer.pair.up, layer.pair.down, alphas.get(f"{name}.alpha"))), _sigma(layer.pair))
-             for name, layer in plain.items()]
-    facts += [_transform_layer(name, parts) for name, parts in _transform_layers(rest).items()]
-    facts += _other_layers({key: tensor for key, tensor in rest.items() if part_of(key) is None})
+    grouped, others = by_layer(tensors)
+    facts = [_facts(name, found) for name, found in grouped.items()]
+    facts += [LayerFacts(key, "unknown", _bytes([tensor])) for key, tensor in others.items()]
     places = blocks_in_file({layer.name for layer in facts})
     order = {name: number for number, name in enumerate(places)}
     return sorted((replace(layer, place=places[layer.name]) for layer in facts), key=lambda layer: order[layer.name])
@@ -109,19 +103,30 @@ def by_block(layers: Iterable[LayerFacts], value) -> dict[str, float]:
     return sums
 
 
-def _transform_layers(rest: Mapping[str, Tensor]) -> dict[str, dict[str, dict[str, Tensor]]]:
-    layers: dict[str, dict[str, dict[str, Tensor]]] = {}
-    for key, tensor in rest.items():
-        if place := part_of(key):
-            name, part, own = place
-            layers.setdefault(name, {p: {} for p in PARTS})[part][own] = tensor
-    return layers
+def _facts(name: str, tensors: Mapping[str, Tensor]) -> LayerFacts:
+    kind, size = kind_of(tensors), _bytes(tensors.values())
+    try:
+        found = read_layer(name, tensors)
+        for layer in filter(None, (found.weight, found.bias)):
+            layer.check_finite()
+    except TriLoRAError:
+        return LayerFacts(name, f"broken {kind.LABEL if kind else 'layer'}", size)
+    layer = found.weight or found.bias
+    if layer is None:
+        return LayerFacts(name, next(iter(found.unsupported.values()), "unknown"), size)
+    if isinstance(layer, TransformLayer):
+        return _transform_layer(name, layer.parts(), size)
+    if isinstance(layer, LowRankLayer) and layer.is_plain:
+        return LayerFacts(name, LOW_RANK, size, _sigma(layer.pair()))
+    return LayerFacts(name, layer.kind, size)
 
 
 @torch.no_grad()
-def _transform_layer(name: str, parts: Mapping[str, Mapping[str, Tensor]]) -> LayerFacts:
-    size = _bytes(tensor for part in parts.values() for tensor in part.values())
-    transform, residual = ({key: t.float().cpu() for key, t in parts[part].items()} for part in PARTS)
+def _transform_layer(name: str, parts: Sequence[Mapping[str, Tensor]], size: int) -> LayerFacts:
+    unknown = LayerFacts(name, "unknown transform", size)
+    if not all(tensor.is_floating_point() for part in parts for tensor in part.values()):
+        return unknown
+    transform, residual = ({key: t.float().cpu() for key, t in part.items()} for part in parts)
     for inp in _input_sizes(transform):
         try:
             T, R = read_part("transform", LayerShape(1, inp), transform), _read_residual(residual, inp)
@@ -129,8 +134,10 @@ def _transform_layer(name: str, parts: Mapping[str, Mapping[str, Tensor]]) -> La
             continue
         kind = "+".join(k for k in (_kind_of(TRANSFORMS, T, transform), _kind_of(RESIDUALS, R, residual)) if k != "none")
         pair = R.low_rank()
-        return LayerFacts(name, kind, size, None if pair is None else _sigma(pair), _change(transform, inp))
-    return LayerFacts(name, "unknown transform", size)
+        sigma, change = None if pair is None else _sigma(pair), _change(transform, inp)
+        finite = math.isfinite(change) and (sigma is None or bool(torch.isfinite(sigma).all()))
+        return LayerFacts(name, kind, size, sigma, change) if finite else replace(unknown, kind="broken transform")
+    return unknown
 
 
 def _input_sizes(transform: Mapping[str, Tensor]) -> list[int]:
@@ -147,6 +154,8 @@ def _read_residual(tensors: Mapping[str, Tensor], inp: int):
     where its cores can be cut so, else for a convolution with a square kernel.
     """
     if {"up", "down"} <= set(tensors):
+        if tensors["up"].ndim != 2 or tensors["down"].ndim != 2:
+            raise TriLoRAError("residual: its factors are no matrices")
         shapes = [(len(tensors["up"]), tensors["down"].shape[1] // inp)]
     else:
         whole = math.prod(len(tensor) for tensor in tensors.values() if tensor.ndim)
@@ -179,14 +188,6 @@ def _kind_of(kinds: Mapping[str, type], module, tensors: Mapping[str, Tensor]) -
 
 def _sigma(pair: LowRank) -> Tensor:
     return spectrum(pair if is_canonical(pair) else canonicalise(pair)).cpu()
-
-
-def _other_layers(tensors: Mapping[str, Tensor]) -> list[LayerFacts]:
-    layers: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        layers.setdefault(re.sub(_TAIL, "", key), {})[key] = tensor
-    return [LayerFacts(name, next((kind for mark, kind in _KINDS if any(re.search(mark, key) for key in found)), "unknown"), _bytes(found.values()))
-            for name, found in layers.items()]
 
 
 def _bytes(tensors: Iterable[Tensor | None]) -> int:

@@ -10,37 +10,23 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from .checkpoint import ALPHA, DOWN, PAIRS, AdapterState, FileLayer, check_finite, split_layers
-from .errors import TriLoRAError
-from .factors import LowRank, canonicalise, is_canonical, keep_energy, keep_rank, weighted_sum
+from .checkpoint import AdapterState, check_finite
+from .errors import TriLoRAError, bounded
+from .factors import canonicalise, is_canonical, keep_energy, keep_rank, weighted_sum
+from .files.kinds import is_ending, read_layer
+from .files.layer import Layer
+from .files.low_rank import DOWN, FileLayer, LowRankLayer
+from .files.transform import scaled_pair
+from .files.whole import BiasLayer
 from .metadata import common, reworked
 from .naming import split_target
-from .peft_config import name_dora_scales
-from .tensorisation import numbered_cores
 
-LOW_RANK, TUCKER, WIDE, FULL, BIAS = "low rank", "Tucker LoCon", "widening LoRA", "full difference", "bias"
-LOHA, LOKR, GLORA, DORA, OFT, BOFT, SET, TRANSFORM = "LoHa", "LoKr", "GLoRA", "DoRA", "OFT", "BOFT", "replaced weight", "transform"
-# the ending that tells a kind; the first that a layer has
-_MARKS = ((".dora_scale", DORA), (".set_weight", SET), (".oft_blocks", OFT), (".hada_w1_a", LOHA), (".lokr_w1", LOKR), (".lokr_w1_a", LOKR),
-          (".a1.weight", GLORA), (".reshape_weight", WIDE), (".lora_mid.weight", TUCKER), (".diff", FULL), (".w_norm", FULL))  # fmt: skip
-# the factors to which a kind's change is proportional, all of those that a layer has
-_UPS = tuple(up for up, _ in PAIRS)
-_FACTORS = {TUCKER: _UPS, WIDE: _UPS, LOHA: (".hada_w1_a",), LOKR: (".lokr_w1", ".lokr_w1_a"),
-            GLORA: (".a1.weight", ".b1.weight"), FULL: (".diff", ".w_norm"), BIAS: (".diff_b", ".b_norm")}  # fmt: skip
-_WHY_FIXED = {
-    DORA: "its magnitudes renormalise the whole weight, so no factor is proportional to the change",
-    OFT: "a share of what a rotation changes is not a rotation", BOFT: "a share of what a rotation changes is not a rotation",
-    SET: "a weight is replaced or it is not", TRANSFORM: "a share of what an orthogonal transform changes is not an orthogonal transform",
-}  # fmt: skip
-_SUMMABLE = {LOW_RANK, FULL, BIAS}
-# what these change depends on the weight that they meet, so that nothing else may be beside them in the file
-_NEEDS_THE_WEIGHT = {GLORA, DORA, OFT, BOFT, SET, TRANSFORM}
 _REMEDY = ("give these blocks 1 or 0, leave one of the adapters out, or put them on a model with TriLoRA Loader or Adapter Stack and turn that into "
            "one low-rank file with Extract Adapter, which states its error")
 
@@ -61,18 +47,21 @@ class Source:
 
 @dataclass(frozen=True)
 class Part:
-    """What one adapter has for one weight or bias: tensors by their endings, or the pair of a plain low-rank layer."""
+    """What one adapter has for one weight or bias; plain: the factors of a plain low-rank layer, cut to the source's rank."""
 
-    name: str
-    kind: str | None  # None: no loader reads these
+    layer: Layer
     ratio: float
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
     plain: FileLayer | None = None
 
     @property
-    def fixed(self) -> bool:
-        """Whether the kind can only be kept as it is or left out."""
-        return self.kind in _WHY_FIXED and not (self.kind == TRANSFORM and _is_linear(self.tensors))
+    def kind(self) -> str:
+        """What people call the layer's kind."""
+        return self.layer.kind
+
+    @property
+    def is_bias(self) -> bool:
+        """Whether it is for the bias beside the weight."""
+        return isinstance(self.layer, BiasLayer)
 
 
 @dataclass(frozen=True)
@@ -89,7 +78,7 @@ class BakeReport:
         """A line for people, and one for what was not read."""
         counts = [f"{count} {kind}" for kind, count in self.kinds.items()]
         line = f"{sum(self.kinds.values())} layers ({', '.join(counts)}), {self.summed} of them sums, {self.left_out} left out at ratio 0"
-        return line + (f"\n{len(self.unread)} tensors that no loader reads were left out ({', '.join(self.unread[:5])})" if self.unread else "")
+        return line + (f"\n{len(self.unread)} tensors that no loader reads were left out ({bounded(', '.join(self.unread[:5]))})" if self.unread else "")
 
 
 def bake(sources: Sequence[Source], places: Mapping[str, object],
@@ -105,13 +94,13 @@ def bake(sources: Sequence[Source], places: Mapping[str, object],
     dropped, unread = set(), []
     for source in sources:
         check_finite(source.state)
-        for part in _parts_of(source):
-            if part.kind is None:
-                unread += [part.name + ending for ending in part.tensors]
-            elif part.ratio:
-                parts.setdefault((part.name, part.kind == BIAS), []).append(part)
+        found, strange = _parts_of(source)
+        unread += strange
+        for part in found:
+            if part.ratio:
+                parts.setdefault((part.layer.name, part.is_bias), []).append(part)
             else:
-                dropped.add(part.name)
+                dropped.add(part.layer.name)
     _refuse(parts, places)
     if not parts:
         raise TriLoRAError("every layer has ratio 0, so that nothing is left to write; raise a strength or a block's weight")
@@ -124,7 +113,7 @@ def bake(sources: Sequence[Source], places: Mapping[str, object],
             tensors[name + ".diff_b"] = bias  # .b_norm is read beside .w_norm only
     kinds = Counter(found[0].kind for found in parts.values())
     report = BakeReport(dict(kinds), sum(len(found) > 1 for found in parts.values()), len(dropped - {name for name, _ in parts}), tuple(unread))
-    ranks = {name: tensors[name + DOWN].shape[0] for (name, _), found in parts.items() if found[0].kind == LOW_RANK}
+    ranks = {name: tensors[name + DOWN].shape[0] for (name, _), found in parts.items() if found[0].plain}
     about = [dict(source.about) for source in sources]
     texts = dict.fromkeys(str(a["block_weights"]) for a in about if "block_weights" in a)
     action = {"action": "bake", "block_weights": " | ".join(texts), "of": about}
@@ -132,25 +121,29 @@ def bake(sources: Sequence[Source], places: Mapping[str, object],
     return AdapterState(tensors, metadata), report
 
 
-def _parts_of(source: Source) -> Iterator[Part]:
-    """The layers of one adapter, weight and bias apart."""
-    layers, rest = split_layers(name_dora_scales(source.state))
-    for name, layer in layers.items():
-        pair, ratio = layer.pair, _ratio(source, name)
-        if 0 < source.keep < pair.rank and ratio:
-            pair = keep_rank(pair if is_canonical(pair) else canonicalise(pair), source.keep)
-        yield Part(name, LOW_RANK, ratio, plain=replace(layer, pair=pair))
+def _parts_of(source: Source) -> tuple[list[Part], list[str]]:
+    """(the layers of one adapter, weight and bias apart; keys that belong to none)."""
     grouped: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in rest.items():
+    for key, tensor in source.state.items():
         name = _name_of(key, source.ratios)
         grouped.setdefault(name, {})[key[len(name):]] = tensor
+    parts, unread = [], []
     for name, tensors in grouped.items():
-        biases = {ending: tensor for ending, tensor in tensors.items() if ending == ".diff_b" or (ending == ".b_norm" and ".w_norm" in tensors)}
-        weights = {ending: tensor for ending, tensor in tensors.items() if ending not in biases}
-        if biases:
-            yield Part(name, BIAS, _ratio(source, name), biases)
-        if weights:
-            yield Part(name, _kind_of(weights), _ratio(source, name), weights)
+        found, ratio = read_layer(name, tensors), _ratio(source, name)
+        unread += [name + ending for ending in found.unread]
+        for layer in filter(None, (found.weight, found.bias)):
+            layer.check_finite()
+            parts.append(Part(layer, ratio, _plain(layer, source.keep) if ratio else None))
+    return parts, unread
+
+
+def _plain(layer: Layer, keep: int) -> FileLayer | None:
+    if not isinstance(layer, LowRankLayer) or not layer.is_plain:
+        return None
+    found = layer.file_layer()
+    if not 0 < keep < found.pair.rank:
+        return found
+    return replace(found, pair=keep_rank(found.pair if is_canonical(found.pair) else canonicalise(found.pair), keep))
 
 
 def _ratio(source: Source, name: str) -> float:
@@ -161,19 +154,16 @@ def _ratio(source: Source, name: str) -> float:
 
 
 def _name_of(key: str, names: Mapping[str, float]) -> str:
-    place = len(key)
+    place, longest = len(key), None
     while (place := key.rfind(".", 0, place)) > 0:
         for name in (key[:place], key[:place].removesuffix("_lora")):
             if name in names:
-                return name
+                if is_ending(key[len(name):]):
+                    return name
+                longest = longest or name
+    if longest:
+        return longest
     raise TriLoRAError(f"{key}: belongs to no layer that has a ratio; give every layer one")
-
-
-def _kind_of(tensors: Mapping[str, Tensor]) -> str | None:
-    if any(ending.startswith(".transform.") for ending in tensors):
-        return TRANSFORM
-    kind = next((kind for mark, kind in _MARKS if mark in tensors), None)
-    return BOFT if kind == OFT and tensors[".oft_blocks"].ndim == 4 else kind
 
 
 def _refuse(parts: Mapping[tuple[str, bool], list[Part]], places: Mapping[str, object]) -> None:
@@ -191,12 +181,12 @@ def _refuse(parts: Mapping[tuple[str, bool], list[Part]], places: Mapping[str, o
         kinds = list(dict.fromkeys(part.kind for part in found))
         if len(kinds) > 1:
             add(f"of several kinds in the adapters, {' and '.join(kinds)}", "one layer of a file holds one kind", name)
-        elif len(found) > 1 and kinds[0] not in _SUMMABLE:
+        elif len(found) > 1 and not found[0].layer.summable:
             add(f"of kind {kinds[0]} in several of the adapters", "the sum of two is not of that kind", name)
         for part in found:
-            if part.fixed and part.ratio != 1:
-                add(f"of kind {part.kind} with ratio {part.ratio:.6g}", _WHY_FIXED[part.kind], name)
-        if kinds[0] in _NEEDS_THE_WEIGHT:
+            if part.layer.fixed and part.ratio != 1:
+                add(f"of kind {part.kind} with ratio {part.ratio:.6g}", part.layer.fixed, name)
+        if found[0].layer.needs_the_weight:
             key, part_of_it, _ = split_target(places[name])
             if any(other != name and _overlap(part_of_it, split_target(places[other])[1]) for other in on_weight[key]):
                 add(f"of kind {kinds[0]} beside others for a part of the same weight, or all of it", "what it does depends on the weight it meets", name)
@@ -213,80 +203,12 @@ def _overlap(a: tuple | None, b: tuple | None) -> bool:
 def _joined(found: Sequence[Part]) -> dict[str, Tensor]:
     """The tensors, by ending, of one layer that changes as all parts at their ratios do together."""
     first = found[0]
-    if first.kind == LOW_RANK:
+    if first.plain:
         if len(found) == 1:
-            return FileLayer(_scaled_pair(first.plain.pair, first.ratio), first.plain.kernel).tensors("")
+            return FileLayer(scaled_pair(first.plain.pair, first.ratio), first.plain.kernel).tensors("")
         total = keep_energy(weighted_sum([(part.plain.pair, part.ratio) for part in found]), 1.0)
         return FileLayer(total, max((part.plain.kernel for part in found), key=len)).tensors("")
-    scaled = [_scaled(part) for part in found]
+    scaled = [part.layer.scaled(part.ratio) for part in found]
     if len(found) == 1:
         return scaled[0]
-    endings = _FACTORS[first.kind]
-    return {endings[0]: torch.stack([next(iter(_pick(tensors, endings).values())).float() for tensors in scaled]).sum(0)}
-
-
-def _scaled_pair(pair: LowRank, ratio: float) -> LowRank:
-    """ratio * R: its size into the scale, its sign into up, so that no factor is rounded again."""
-    return replace(pair, up=pair.up if ratio > 0 else -pair.up.float(), scale=pair.scale * abs(ratio))
-
-
-def _scaled(part: Part) -> dict[str, Tensor]:
-    tensors, ratio = dict(part.tensors), part.ratio
-    if ratio == 1:
-        return tensors
-    if part.kind == TRANSFORM:
-        return _scaled_transform(tensors, ratio)
-    # LoKr of two whole factors has an alpha too, which nobody reads
-    in_alpha = ALPHA in tensors and not (part.kind == LOKR and ".lokr_w1_b" not in tensors and ".lokr_w2_b" not in tensors)
-    if in_alpha:
-        tensors[ALPHA] = torch.tensor(float(tensors[ALPHA]) * abs(ratio))
-    if not in_alpha or ratio < 0:
-        factors = _pick(tensors, _FACTORS[part.kind])
-        if not factors:
-            raise TriLoRAError(f"{part.name}: {part.kind} without {' or '.join(_FACTORS[part.kind][:2])}; the layer is incomplete; copy or download the file again")
-        tensors |= {ending: factor.float() * (math.copysign(1.0, ratio) if in_alpha else ratio) for ending, factor in factors.items()}
-    return tensors
-
-
-def _pick(tensors: Mapping[str, Tensor], endings: Sequence[str]) -> dict[str, Tensor]:
-    return {ending: tensors[ending] for ending in endings if ending in tensors}
-
-
-def _halves(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(transform's, residual's) tensors by their own names."""
-    return tuple({ending.removeprefix(part): tensor for ending, tensor in tensors.items() if ending.startswith(part)} for part in (".transform.", ".residual."))
-
-
-def _is_linear(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether (1 - s) I + s T and s R are of the kinds of T and R."""
-    transform, residual = _halves(tensors)
-    return (set(transform) == {"m"} or numbered_cores(transform) is not None) and (
-        not residual or set(residual) == {"up", "down", "scale"} or numbered_cores(residual) is not None)
-
-
-def _scaled_transform(tensors: Mapping[str, Tensor], s: float) -> dict[str, Tensor]:
-    """W0 + s (W0 (T - I) + R) = W0 ((1 - s) I + s T) + s R. A diagonal stays one; a ring of rank R gets rank R + 1."""
-    transform, residual = _halves(tensors)
-    cores = numbered_cores(transform)
-    if cores is None:
-        transform = {"m": (1 - s) + s * transform["m"].float()}
-    else:
-        transform = {f"core{d}": core for d, core in enumerate(_with_identity(cores, s))}
-    if "scale" in residual:
-        pair = _scaled_pair(LowRank(residual["up"], residual["down"], float(residual["scale"])), s)
-        residual = {"up": pair.up, "down": pair.down, "scale": torch.tensor(pair.scale)}
-    elif residual:
-        residual = {**residual, "core0": residual["core0"].float() * s}
-    return {f".transform.{name}": tensor for name, tensor in transform.items()} | {f".residual.{name}": tensor for name, tensor in residual.items()}
-
-
-def _with_identity(cores: Sequence[Tensor], s: float) -> list[Tensor]:
-    """Cores of (1 - s) I + s T, (J, J, R + 1, R + 1): rings add where their cores stand in diagonal blocks, and I is a ring of rank 1."""
-    wide = []
-    for d, core in enumerate(cores):
-        size, _, R, _ = core.shape
-        both = torch.zeros(size, size, R + 1, R + 1)
-        both[:, :, :R, :R] = core.float() * (s if d == 0 else 1.0)
-        both[:, :, R, R] = torch.eye(size) * (1 - s if d == 0 else 1.0)
-        wide.append(both)
-    return wide
+    return {first.layer.FACTORS[0]: torch.stack([next(iter(tensors.values())).float() for tensors in scaled]).sum(0)}

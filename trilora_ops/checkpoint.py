@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,7 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import TriLoRAError
-from .factors import LowRank, canonicalise, fold_scale
+from .factors import canonicalise
+from .files.kinds import by_layer, read_layer
+from .files.low_rank import DOWN, PAIRS, PEFT_DOWN, PEFT_UP, UP, FileLayer, LowRankLayer
+from .files.numbers import ALPHA
+from .files.transform import PARTS, part_of
 from .one_alpha import one_alpha
 from .peft_config import IN_METADATA, alphas, read_config
 from .registry import is_known
@@ -23,19 +26,6 @@ FORMAT = "trilora"
 VERSION = "1"
 SVD_MARK = {"trilora.format": FORMAT, "trilora.version": VERSION, "trilora.form": "svd"}
 PEFT_MARK = {**SVD_MARK, "trilora.form": "peft"}
-# (up, down) endings after the layer's name, as written by kohya, PEFT, diffusers (three ages) and Mochi's trainer
-PAIRS = ((".lora_up.weight", ".lora_down.weight"), (".lora_B.weight", ".lora_A.weight"),
-         ("_lora.up.weight", "_lora.down.weight"), (".lora.up.weight", ".lora.down.weight"),
-         (".lora_B", ".lora_A"), (".lora_linear_layer.up.weight", ".lora_linear_layer.down.weight"),
-         (".lora_B.default.weight", ".lora_A.default.weight"))
-UP, DOWN, ALPHA = ".lora_up.weight", ".lora_down.weight", ".alpha"
-PEFT_UP, PEFT_DOWN = ".lora_B.weight", ".lora_A.weight"
-# the two halves of a layer with a transform: <layer>.transform.<tensor>, <layer>.residual.<tensor>
-PARTS = ("transform", "residual")
-# companions that make a layer more than up * down
-_NOT_PLAIN = (".lora_mid.weight", ".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".reshape_weight")
-
-
 # what other programs write of a file's own bytes
 _HASHES = ("sshs_", "modelspec.hash")
 
@@ -53,54 +43,22 @@ class AdapterState(dict):
         return self.metadata.get("trilora.format") == FORMAT and self.metadata.get("trilora.form") == "svd"
 
 
-@dataclass(frozen=True)
-class FileLayer:
-    """One low-rank layer of a file: its factors flattened to matrices, and the kernel axes to give back."""
-
-    pair: LowRank
-    kernel: tuple[int, ...] = ()
-
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """The layer's three tensors under kohya's endings; up (out, r[, 1, 1]), down (r, in[, kh, kw]), alpha ()."""
-        up, down, ones = self.pair.up, self.pair.down, [1] * len(self.kernel)
-        inp = down.shape[1] // (int(torch.tensor(self.kernel).prod()) if self.kernel else 1)
-        return {name + UP: up.reshape(*up.shape, *ones).contiguous(),
-                name + DOWN: down.reshape(down.shape[0], inp, *self.kernel).contiguous(),
-                name + ALPHA: torch.tensor(float(self.pair.alpha))}
-
-    def peft_tensors(self, name: str) -> dict[str, Tensor]:
-        """The same under PEFT's endings: lora_B (out, r[, 1, 1]), lora_A (r, in[, kh, kw]), the scale folded into both."""
-        folded = FileLayer(fold_scale(self.pair), self.kernel).tensors(name)
-        return {name + PEFT_UP: folded[name + UP], name + PEFT_DOWN: folded[name + DOWN]}
-
-
 def split_layers(tensors: Mapping[str, Tensor]) -> tuple[dict[str, FileLayer], dict[str, Tensor]]:
     """(layer name -> its plain low-rank factors, all tensors that are not part of one).
 
     Tucker cores, DoRA magnitudes and every other kind stay in the second part untouched. Raises TriLoRAError for a layer
-    that is there twice or by half, and where a pair's shapes do not fit each other.
+    of any kind that is there twice, by half or in shapes that do not fit each other, and for factors whose product overflows.
     """
     layers, rest = {}, dict(tensors)
-    for key in tensors:
-        for up_end, down_end in PAIRS:
-            name, is_up = (key.removesuffix(up_end), True) if key.endswith(up_end) else (key.removesuffix(down_end), False)
-            if name == key or any(name + end in tensors for end in _NOT_PLAIN):
-                continue
-            other = name + (down_end if is_up else up_end)
-            if other not in tensors:
-                raise TriLoRAError(f"{other} is missing, the other half of {key}; the file is incomplete; copy or download it again")
-            if not is_up:
-                break
-            if name in layers:
-                raise TriLoRAError(f"{key}: its layer is in the file twice, under two endings; the file is broken")
-            up, down, alpha = tensors[key], tensors[name + down_end], tensors.get(name + ALPHA)
-            _check_pair(key, up, name + down_end, down, alpha)
-            rank = down.shape[0]
-            scale = 1.0 if alpha is None else float(alpha) / rank
-            layers[name] = FileLayer(LowRank(up.flatten(1), down.flatten(1), scale), tuple(down.shape[2:]))
-            for used in (key, name + down_end, name + ALPHA):
-                rest.pop(used, None)
-            break
+    for name, found in by_layer(tensors)[0].items():
+        layer = read_layer(name, found).weight
+        if layer is None:
+            continue
+        layer.check_finite()
+        if isinstance(layer, LowRankLayer) and layer.is_plain:
+            layers[name] = layer.file_layer()
+            for ending in (*layer.tensors, ALPHA):
+                rest.pop(name + ending, None)
     return layers, rest
 
 
@@ -215,18 +173,6 @@ def _cast(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.detach().to("cpu", dtype).contiguous()
 
 
-def _check_pair(up_key: str, up: Tensor, down_key: str, down: Tensor, alpha: Tensor | None) -> None:
-    if not (up.is_floating_point() and down.is_floating_point()):
-        raise TriLoRAError(f"{up_key} is {up.dtype} and {down_key} is {down.dtype}: expected floating-point factors; the file is broken")
-    if up.numel() == 0 or down.numel() == 0:
-        raise TriLoRAError(f"{up_key} is {tuple(up.shape)} and {down_key} is {tuple(down.shape)}: a layer of rank 0 or without size; the file is broken")
-    if up.ndim < 2 or down.ndim < 2 or up.flatten(1).shape[1] != down.shape[0]:
-        raise TriLoRAError(f"{up_key} is {tuple(up.shape)} and {down_key} is {tuple(down.shape)}: expected (out, r) and "
-                           "(r, in) with the same r; the file is broken")
-    if alpha is not None and alpha.numel() != 1:
-        raise TriLoRAError(f"{up_key}: its alpha has shape {tuple(alpha.shape)}, expected one number; the file is broken")
-
-
 def _check_strict(state: AdapterState) -> None:
     version = state.metadata.get("trilora.version")
     if version != VERSION:
@@ -244,21 +190,7 @@ def _check_strict(state: AdapterState) -> None:
     alone = sorted(name for name, found in parts.items() if not found["transform"])
     if alone:
         raise TriLoRAError(f"{alone[0]}.residual has no transform beside it: not a complete TriLoRA file; copy or save it again")
-    twice = sorted(split_layers(state)[0].keys() & parts.keys())
-    if twice:
-        raise TriLoRAError(f"{twice[0]}: is in the file twice, as a plain layer and with a transform; the file is broken")
-
-
-def part_of(key: str) -> tuple[str, str, str] | None:
-    """(layer, "transform" or "residual", tensor) of a key that holds a part of a layer with a transform, None for any other.
-
-    A layer's own path may have these words in it: what follows the last of them must be a single name.
-    """
-    for part in PARTS:
-        name, mark, tensor = key.rpartition(f".{part}.")
-        if mark and "." not in tensor:
-            return name, part, tensor
-    return None
+    split_layers(state)
 
 
 def _parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, set[str]]]:

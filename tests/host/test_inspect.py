@@ -46,7 +46,7 @@ def test_every_kind_of_file(host_nodes, pack_module, tiny):
     pytest.importorskip("lycoris")
     kinds = adapter_files.every_kind(tiny.patcher, pack_module("trilora_ops.registry"), pack_module("trilora_ops.checkpoint"))
     named = {"lora": "low-rank", "trilora": "low-rank", "locon": "low-rank", "tlora": "tensor_ring+tensor_ring", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr",
-             "oft": "OFT or BOFT", "boft": "OFT or BOFT", "glora": "GLoRA", "full": "full difference", "norms and biases": "difference of a bias"}  # fmt: skip
+             "oft": "2 OFT", "boft": "2 BOFT", "glora": "GLoRA", "full": "full difference", "norms and biases": "1 bias"}  # fmt: skip
     for kind, (tensors, metadata) in kinds.items():
         pictures, report = inspect(host_nodes, pack_module("trilora_ops.checkpoint").AdapterState(tensors, metadata))
         assert named.get(kind, "") in report, (kind, report)

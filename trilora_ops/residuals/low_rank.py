@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..adapter import LayerShape
 from ..errors import TriLoRAError
 from ..factors import LowRank, canonicalise
+from ..files.numbers import number
 
 
 def check_rank(rank: int, shape: LayerShape, name: str = "rank") -> int:
@@ -88,7 +89,7 @@ class FixedLowRank(LowRankResidual):
         if up.ndim != 2 or down.ndim != 2 or (len(up), down.shape[1]) != (shape.out, shape.columns) or up.shape[1] != len(down):
             raise TriLoRAError(f"residual.up is {tuple(up.shape)} and residual.down {tuple(down.shape)}, expected ({shape.out}, r) and "
                                f"(r, {shape.columns}); they are another layer's")
-        return cls(shape, LowRank(up, down, float(tensors["scale"])))
+        return cls(shape, LowRank(up, down, number("residual.scale", tensors["scale"])))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(scale * up, down), fp32."""
