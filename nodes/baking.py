@@ -16,7 +16,6 @@ from ..trilora_ops.checkpoint import AdapterState
 from ..trilora_ops.errors import TriLoRAError
 from ..trilora_ops.metadata import fingerprint, title
 from ..trilora_ops.naming import PREFIX, spelling, split_target
-from ..trilora_ops.peft_config import name_dora_scales
 from .block_strengths import block_strengths
 from .comfy_patches import Places
 from .files import as_state, read_file
@@ -84,7 +83,7 @@ def _placed(one: Given, model, clip, places: Places) -> tuple[AdapterState, list
     """(the layers that have a place in the model, under the names of its family; keys of the others)."""
     name = one.entry.name
     places.patches(one.state, name)  # as a loader reads it: every layer once, whole and of the right size
-    tensors = comfy.lora_convert.convert_lora(name_dora_scales(one.state))
+    tensors = comfy.lora_convert.convert_lora(dict(one.state))
     here, lost = {}, []
     for key, tensor in tensors.items():
         heads = names_in(key, places.names)

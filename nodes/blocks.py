@@ -7,7 +7,6 @@ from comfy_api.latest import io
 from ..trilora_ops.block_layouts import LAYOUTS
 from ..trilora_ops.errors import TriLoRAError
 from . import compat
-from .patch_shapes import target_shapes
 
 # those of trilora_ops.block_dialects, which is not imported before a node runs
 DIALECTS = ("auto", "native", "webui", "inspire", "kohya", "realtime", "diffusers", "tabs")
@@ -66,10 +65,11 @@ class BlockWeightsNode(io.ComfyNode):
         from ..trilora_ops.blocks import Blocks
         from .block_presets import user_presets
         from .block_summary import other_model, summary
+        from .comfy_patches import Places
 
         blocks, hint = Blocks.layout(model_family), ""
         if model is not None:
-            known, blocks = blocks, Blocks.of(target_shapes(model, None))
+            known, blocks = blocks, Places.of(model, None).blocks
             hint = other_model(blocks, known, model_family)
         try:
             with user_presets() as presets:

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import functools
-import logging
 from dataclasses import dataclass
 
-import comfy.lora
-import comfy.lora_convert
+import comfy.weight_adapter
 import torch
-from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 
 from ..trilora_ops.checkpoint import AdapterState
 from ..trilora_ops.errors import TriLoRAError
-from ..trilora_ops.factors import LowRank, canonicalise, is_canonical, keep_rank
-from ..trilora_ops.naming import split_target
-from ..trilora_ops.peft_config import name_dora_scales
+from ..trilora_ops.files.layer import Layer
+from ..trilora_ops.files.low_rank import MID, LowRankLayer
+from ..trilora_ops.files.transform import TransformLayer
+from ..trilora_ops.files.whole import BiasLayer, DifferenceLayer
+from .comfy_layers import LayerPatch
 from .comfy_low_rank import LowRankPatch
 from .comfy_stack import linear
-from .file_keys import check_left, check_once
-from .names import layer_names, names_in
-from .patch_shapes import check_shape, target_shapes
+from .comfy_transforms import TransformPatch
+from .file_layers import FileLayers, Placed, place, read_layers
+from .names import layer_names
+from .notices import notice
 
-log = logging.getLogger("trilora")
+# kinds of the host's own, which the table of kinds reads
+_HOSTS = {"lora", "loha", "lokr", "glora", "oft", "boft"}
 
 
 @dataclass(frozen=True)
@@ -46,40 +47,51 @@ class Places:
         return Blocks.of(self.shapes)
 
     def patches(self, state: AdapterState, name: str, keep: int = 0) -> dict:
-        """Every layer of a file as a patch by the host's target key; low-rank ones as `LowRankPatch`, others as the host's own.
+        """Every layer of a file as a patch by the host's target: plain low-rank ones as `LowRankPatch`, transforms as
+        `TransformPatch`, differences as the host's own, every other kind as `LayerPatch`.
 
-        Each is linear in the strength that add_patches is given, see `comfy_stack.linear`.
-        name: the file's, for messages; keep: directions kept of low-rank layers, 0 = all. Keys without a place in the
-        model are counted in the log. Raises TriLoRAError if none has one, or a layer's shape is wrong.
+        Each is linear in the strength that add_patches is given. name: the file's, for messages; keep: directions kept of
+        low-rank layers, 0 = all. What has no place in the model, or is of a kind that is not supported, is said in a notice.
+        Raises TriLoRAError if nothing has one, or a layer is not whole, not finite or not of its weight's size.
         """
-        tensors = comfy.lora_convert.convert_lora(name_dora_scales(state))
-        found = {key: names_in(key, self.names) for key in tensors}
-        check_once(name, {key: (heads[0], self.names[heads[0]]) for key, heads in found.items() if heads}, tensors)
-        used = set().union(*found.values())
-        # the host tries every spelling of every name it is given: only those that the file has
-        try:
-            loaded = comfy.lora.load_lora(tensors, {head: self.names[head] for head in self.names if head in used}, log_missing=False)
-        except KeyError as error:
-            raise TriLoRAError(f"{name}: {error.args[0]} is missing, the other half of a layer; copy or download the file again; "
-                               "nothing was applied") from None
-        if not loaded:
-            raise TriLoRAError(f"{name}: none of its {len(tensors)} keys fits this model (for example {next(iter(tensors), 'none')}); "
-                               "it was made for another model family" + ("" if self.has_clip else ", or for a text encoder: connect CLIP"))
-        for target, patch in loaded.items():
-            check_shape(name, target, patch, self.shapes)
-        if keep and (others := sum(not _is_low_rank(patch) for patch in loaded.values())):
-            log.warning("%s: keep_rank left %d layers alone that are not low-rank", name, others)
-        # the adapters of one file share the host's set of the keys it has used
-        taken = next((patch.loaded_keys for patch in loaded.values() if isinstance(patch, WeightAdapterBase)), None)
-        left = [key for key, heads in found.items() if heads and taken is not None and key not in taken]
-        check_left(name, left)
-        nowhere = {target for target in loaded if split_target(target)[0] not in self.shapes}
-        unmatched = [key for key, heads in found.items() if not heads] + left + [f"{target} (the model has no such weight)" for target in nowhere]
-        if unmatched:
-            log.warning("%s: %d of %d keys have no place in this model%s: %s", name, len(unmatched), len(state),
-                        "" if self.has_clip else " (no CLIP connected)", ", ".join(unmatched[:5]))
-        return {target: _own_patch(patch, keep) if type(patch) is LoRAAdapter else linear(target, patch)
-                for target, patch in loaded.items() if target not in nowhere}
+        placed = place(state, self.names)
+        found = read_layers(name, placed, self.names, self.shapes)
+        others = _of_other_extensions(placed, found, self.names)
+        if not found.layers and not others and not found.absent:
+            raise TriLoRAError(self._nothing(name, placed, found))
+        if keep and (count := sum(not _can_cut(layer) for layer in found.layers.values()) + len(others)):
+            notice(f"{name}: keep_rank left {count} layers alone that are not low-rank")
+        self._say_what_is_left(name, state, placed, found, others)
+        patches = {target: _patch(layer, keep) for target, layer in found.layers.items()}
+        return patches | {target: linear(target, patch) for target, patch in others.items()}
+
+    def _nothing(self, name: str, placed: Placed, found) -> str:
+        if found.unsupported:
+            key, method = next(iter(found.unsupported.items()))
+            return f"{name}: holds {method} ({key}), which is not supported; merge it into a model with the program that wrote it; nothing was applied"
+        return (f"{name}: none of its {len(placed.tensors)} keys fits this model (for example {next(iter(placed.tensors), 'none')}); "
+                "it was made for another model family" + ("" if self.has_clip else ", or for a text encoder: connect CLIP"))
+
+    def _say_what_is_left(self, name: str, state, placed: Placed, found, others) -> None:
+        methods: dict[str, list[str]] = {}
+        for key, method in found.unsupported.items():
+            methods.setdefault(method, []).append(key)
+        for method, keys in methods.items():
+            notice(f"{name}: {len(keys)} tensors are of {method}, which is not supported, and were left out ({keys[0]})")
+        used = set().union(*(getattr(patch, "loaded_keys", ()) for patch in others.values()))
+        left = [key for key in (*placed.nowhere, *found.left) if key not in found.unsupported and key not in used]
+        if left:
+            shown, no_clip = ", ".join(left[:5]), "" if self.has_clip else " (no CLIP connected)"
+            notice(f"{name}: {len(left)} of {len(state)} keys have no place in this model{no_clip}: {shown}")
+
+
+def target_shapes(model, clip) -> dict[str, torch.Size]:
+    """Shape of every weight of a MODEL and an optional CLIP, by the host's target key."""
+    # parameters, not the state dict: a quantised layer's state dict holds its packed storage
+    shapes = {key: tensor.shape for key, tensor in model.model.named_parameters(remove_duplicate=False)}
+    if clip is not None:
+        shapes |= {key: tensor.shape for key, tensor in clip.cond_stage_model.named_parameters(remove_duplicate=False)}
+    return shapes
 
 
 def patches_from_state(state: AdapterState, model, clip, name: str, keep: int = 0) -> dict:
@@ -87,18 +99,34 @@ def patches_from_state(state: AdapterState, model, clip, name: str, keep: int = 
     return Places.of(model, clip).patches(state, name, keep)
 
 
-def _is_low_rank(patch) -> bool:
+def _can_cut(layer: Layer) -> bool:
     # a Tucker core or DoRA's magnitudes make it more than up * down
-    return type(patch) is LoRAAdapter and patch.weights[3] is None and patch.weights[4] is None
+    return isinstance(layer, LowRankLayer) and layer.magnitudes is None and MID not in layer.tensors
 
 
-def _own_patch(patch: LoRAAdapter, keep: int) -> LowRankPatch:
-    up, down, alpha, mid, dora_scale, reshape = patch.weights
-    if keep and _is_low_rank(patch):
-        pair = LowRank(up.flatten(1), down.flatten(1), 1.0 if alpha is None else alpha / down.shape[0])
-        if keep < pair.rank:
-            pair = keep_rank(pair if is_canonical(pair) else canonicalise(pair), keep)
-            rows = pair.rank
-            up, alpha = pair.up.reshape(up.shape[0], rows, *up.shape[2:]), pair.alpha
-            down = pair.down.reshape(rows, *down.shape[1:])
-    return LowRankPatch(patch.loaded_keys, (up, down, alpha, mid, dora_scale, reshape))
+def _patch(layer: Layer, keep: int):
+    if keep and _can_cut(layer):
+        layer = layer.cut(keep)
+    if isinstance(layer, LowRankLayer) and layer.is_plain:
+        return LowRankPatch({layer.name + ending for ending in layer.written()},
+                            (layer.tensors[layer.up_end], layer.tensors[layer.down_end], layer.alpha, None, None, None))
+    if isinstance(layer, TransformLayer):
+        return TransformPatch({layer.name + ending for ending in layer.tensors}, tuple(tuple(part.items()) for part in layer.parts()))
+    if isinstance(layer, (DifferenceLayer, BiasLayer)):
+        return ("diff", (layer.tensor,))
+    return LayerPatch.of(layer)
+
+
+def _of_other_extensions(placed: Placed, found: FileLayers, names) -> dict:
+    """Target -> patch of a kind that another extension has added to the host's list, from tensors that the table does not know."""
+    kinds = [kind for kind in comfy.weight_adapter.adapters if kind.name not in _HOSTS and not kind.name.startswith("trilora_")]
+    patches = {}
+    for head, tensors in placed.layers.items() if kinds else ():
+        alpha = tensors.get(".alpha")
+        if names[head] in found.layers or not found.left or (alpha is not None and alpha.numel() != 1):
+            continue
+        for kind in kinds:
+            patch = kind.load(head, placed.tensors, None if alpha is None else alpha.item(), tensors.get(".dora_scale"), set())
+            if patch is not None:
+                patches[names[head]] = patch
+    return patches

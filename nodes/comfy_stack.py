@@ -11,12 +11,13 @@ from torch import Tensor
 
 from ..trilora_ops.merge import add_low_rank_
 from ..trilora_ops.naming import split_target
+from .comfy_layers import LayerPatch
 from .comfy_low_rank import LowRankPatch
 from .comfy_transforms import TransformPatch
 from .compat import is_identity
 
-# kinds whose change the host itself multiplies by the strength
-_LINEAR = {"lora", "loha", "lokr", "glora", TransformPatch.name, "diff"}
+# patches of ours, and the host's own difference: W + s (W_1 - W) by themselves
+_LINEAR = {LowRankPatch.name, LayerPatch.name, TransformPatch.name, "diff"}
 
 
 class StackPatch(WeightAdapterBase):
@@ -102,8 +103,7 @@ def stack_patches(files: Iterable[tuple[Mapping, float]]) -> dict[str, StackPatc
 def linear(target, patch):
     """A patch whose change is its strength times W_1 - W: itself where the host computes it so, else alone in a StackPatch.
 
-    target: where it goes, see `stack_patches`. The host squares the strength of OFT, bends that of BOFT and ignores that
-    of `set`; kinds that are not known here may do anything.
+    target: where it goes, see `stack_patches`. Kinds of other extensions may do anything with their strength.
     """
     if (patch.name if isinstance(patch, WeightAdapterBase) else patch[0]) in _LINEAR:
         return patch
@@ -122,6 +122,8 @@ def new_shape(patch, key: str) -> tuple[int, ...] | None:
 
 def _change(weight: Tensor, key: str, part: tuple, original_weight) -> Tensor:
     """W_i - W of one part, of its slice's shape or, where the part pads W, of the larger one."""
+    if isinstance(part[1], LayerPatch):
+        return part[1].delta(_part(weight, weight.shape, part[3]), part[4])
     changed, weight = _changed(weight, key, part, original_weight), _part(weight, weight.shape, part[3])
     _part(changed, weight.shape, None).sub_(weight)
     return changed

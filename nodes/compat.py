@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +16,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor, nn
 
+log = logging.getLogger("trilora")
 _SCHEMA_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
 _OFFLOADABLE = "offloadable" in inspect.signature(comfy.ops.cast_bias_weight).parameters
 _IDENTITY = (lambda a: a).__code__.co_code
@@ -38,9 +41,18 @@ def is_identity(function) -> bool:
 
 
 def register_adapter(adapter: type) -> None:
-    """Append a class to the host's list of weight adapters, once however often the pack is loaded."""
-    if not any(known.name == adapter.name for known in comfy.weight_adapter.adapters):
-        comfy.weight_adapter.adapters.append(adapter)
+    """Append a class to the host's list of weight adapters, once however often the pack is loaded.
+
+    Of two copies of the pack the first one's classes stay, which the host's own loaders then use; each copy's nodes use
+    their own. A warning names both folders.
+    """
+    for known in comfy.weight_adapter.adapters:
+        if known.name == adapter.name:
+            folders = [os.path.dirname(os.path.dirname(os.path.abspath(inspect.getfile(one)))) for one in (known, adapter)]
+            if folders[0] != folders[1]:
+                log.warning("two copies of ComfyUI-TriLoRA are installed, in %s and in %s; remove one of them", *folders)
+            return
+    comfy.weight_adapter.adapters.append(adapter)
 
 
 def training_clone(patcher):

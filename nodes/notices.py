@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from ..trilora_ops.errors import bounded
 from . import compat
 
 log = logging.getLogger("trilora")
@@ -15,7 +16,8 @@ _told: set[str] = set()  # nodes that show a notice of an earlier run
 
 
 def notice(text: str) -> None:
-    """Log a warning, and keep it for the node that is running, once however often it is given."""
+    """Log a warning, and keep it for the node that is running, once however often it is given. Its length is bounded."""
+    text = bounded(text)
     log.warning("%s", text)
     said = _current.get()
     if said is not None and text not in said:

@@ -16,6 +16,7 @@ from ..trilora_ops.registry import Method
 from ..trilora_ops.targets import TARGETS, select
 from .block_plan import blocks_of
 from .comfy_host import layers_of
+from .comfy_layers import LayerPatch
 from .comfy_patches import Places
 from .comfy_transforms import TransformPatch, shape_of
 from .files import as_state
@@ -61,4 +62,6 @@ def describe(plan: BlockPlan, target: str) -> str:
 def _rank(patch, weight) -> int:
     if isinstance(patch, TransformPatch):
         return patch.adapter(shape_of(weight), weight.device).residual.rank or 1  # 1 stands for a method without a rank
+    if isinstance(patch, LayerPatch):
+        return patch.layer.rank
     return patch.weights[1].shape[0] if isinstance(patch, LoRAAdapter) else 0

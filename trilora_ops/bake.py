@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .checkpoint import AdapterState, check_finite
 from .errors import TriLoRAError, bounded
-from .factors import canonicalise, is_canonical, keep_energy, keep_rank, weighted_sum
+from .factors import keep_energy, weighted_sum
 from .files.kinds import is_ending, read_layer
 from .files.layer import Layer
 from .files.low_rank import DOWN, FileLayer, LowRankLayer
@@ -140,10 +140,7 @@ def _parts_of(source: Source) -> tuple[list[Part], list[str]]:
 def _plain(layer: Layer, keep: int) -> FileLayer | None:
     if not isinstance(layer, LowRankLayer) or not layer.is_plain:
         return None
-    found = layer.file_layer()
-    if not 0 < keep < found.pair.rank:
-        return found
-    return replace(found, pair=keep_rank(found.pair if is_canonical(found.pair) else canonicalise(found.pair), keep))
+    return (layer.cut(keep) if keep else layer).file_layer()
 
 
 def _ratio(source: Source, name: str) -> float:

@@ -14,13 +14,10 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
-
 from .errors import TriLoRAError
 
 IN_METADATA = "lora_adapter_metadata"
 BESIDE = {"adapter_model.safetensors": "adapter_config.json"}
-_MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 _WRAPPER = "base_model.model."  # what peft puts before every module's name
 _MAX_BYTES = 2**20
 
@@ -60,15 +57,6 @@ def alphas(config: Mapping, ranks: Mapping[str, int]) -> dict[str, float]:
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < 1e19:
             raise TriLoRAError(f"{component}lora_alpha={alpha!r:.40}: expected a positive number; the file is broken")
         found[name] = float(alpha) * (math.sqrt(rank) if config.get(f"{component}use_rslora") else 1.0)
-    return found
-
-
-def name_dora_scales(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors with peft's magnitudes, (out,) or (1, out, 1, 1), as `.dora_scale`, (out, 1) or (out, 1, 1, 1)."""
-    found = {}
-    for key, tensor in tensors.items():
-        end = next((end for end in _MAGNITUDES if key.endswith(end)), None)
-        found[key.removesuffix(end) + ".dora_scale" if end else key] = tensor.reshape(-1, *[1] * max(tensor.ndim - 1, 1)) if end else tensor
     return found
 
 

@@ -1,6 +1,7 @@
 """Kinds that core bends by their strength (OFT, BOFT, whole weights, kinds nobody knows): a straight line from every loader of ours.
 
-Each is alone in a patch of ours, which must do all that the host asks of a patch, on weights of every form.
+Each is a patch of ours, which must do all that the host asks of a patch, on weights of every form. At strength 1 core's own
+result is the measure, to fp32's rounding: ours is computed by the table of kinds, not by core.
 """
 
 import comfy.hooks
@@ -49,7 +50,7 @@ def merged(patch, weight: torch.Tensor, strength: float = 1.0, offset=None, **op
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels-last"])
 def test_a_straight_line_through_w_and_what_core_makes_of_it(tiny, patches, cores, kind, key, memory):
-    """At 1 core's own bits, at 0 those of W; in place."""
+    """At 1 what core makes, at 0 W's own bits; in place."""
     weight = weight_of(tiny.patcher, key)
     once = merged(cores[kind][key], weight)
     if weight.ndim == 4:
@@ -58,7 +59,7 @@ def test_a_straight_line_through_w_and_what_core_makes_of_it(tiny, patches, core
     for strength in (0.5, -1.0, 1.7, 0.01):
         found = merged(patches[kind][key], weight, strength)
         assert distance(found - weight, strength * (once - weight)) <= 2e-5 and found.stride() == weight.stride()
-    assert torch.equal(merged(patches[kind][key], weight), once) and torch.equal(merged(patches[kind][key], weight, 0.0), weight)
+    assert distance(merged(patches[kind][key], weight) - weight, once - weight) <= 1e-6 and torch.equal(merged(patches[kind][key], weight, 0.0), weight)
     mine = weight.clone(memory_format=torch.preserve_format)
     assert comfy.lora.calculate_weight([(0.3, patches[kind][key], 1.0, None, None)], mine, key).data_ptr() == mine.data_ptr()
 
@@ -70,8 +71,10 @@ def test_half_precision_weights_get_the_fp32_line_rounded_once(tiny, patches, co
     weight = weight_of(tiny.patcher, key).to(dtype)
     for strength in (1.0, -0.7):
         wanted = torch.lerp(weight.float(), merged(cores[kind][key], weight.float()), strength)
+        line = merged(patches[kind][key], weight.float(), strength)
         found = merged(patches[kind][key], weight, strength, intermediate_dtype=dtype)
-        assert found.dtype == dtype and torch.equal(found, wanted.to(dtype))
+        assert distance(line - weight, wanted - weight) <= 1e-5
+        assert found.dtype == dtype and torch.equal(found, line.to(dtype))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -120,7 +123,7 @@ def test_the_host_rebuilds_the_patch_and_what_is_in_it(tiny, patches, kind):
     patch, size = patches[kind][KEYS[0]], [0]
     comfy.lora.prefetch_prepared_value(patch, size, None, None, False)
     again = comfy.lora.prefetch_prepared_value(patch, [0], None, None, False)
-    assert size[0] > 1000 and again is not patch and type(again.weights[0][1]) is type(patch.weights[0][1])
+    assert size[0] > 1000 and again is not patch and [ending for ending, _ in again.weights] == [ending for ending, _ in patch.weights]
     weight = weight_of(tiny.patcher, KEYS[0])
     assert torch.equal(merged(again, weight, 0.6), merged(patch, weight, 0.6))
 
@@ -197,14 +200,12 @@ def test_a_kind_that_nobody_knows(pack_module):
         assert comfy.lora.calculate_shape([(0.25, patch, 1.0, None, None)], weight, "key") == (6, 7)
 
 
-def test_other_kinds_stay_the_hosts_own(host_nodes, tiny, pack_module):
-    """Nothing is put around what core itself computes as a line."""
+def test_nothing_is_put_around_a_patch_of_ours(host_nodes, tiny, pack_module):
+    """Every kind of the table is a straight line by itself."""
     pytest.importorskip("lycoris")
     stack = pack_module("nodes.comfy_stack").StackPatch
     kinds = adapter_files.every_kind(tiny.patcher, pack_module("trilora_ops.registry"), pack_module("trilora_ops.checkpoint"))
-    wrapped = set()
     for kind, file in kinds.items():
         state = pack_module("trilora_ops.checkpoint").AdapterState(*file)
         found = pack_module("nodes.comfy_patches").patches_from_state(state, tiny.patcher, None, kind)
-        wrapped |= {kind for patch in found.values() if isinstance(patch, stack)}
-    assert wrapped == {"oft", "boft"}
+        assert found and not any(isinstance(patch, stack) for patch in found.values()), kind

@@ -56,6 +56,10 @@ class Layer:
         """The shape that it gives its weight, None where it leaves it."""
         return None
 
+    def widened(self, weight: Tensor) -> Tensor:
+        """The weight in the shape that it is given, zero where it was not."""
+        return weight
+
     def check(self, shape: torch.Size | tuple[int, ...]) -> None:
         """Raise TriLoRAError where it is not for a weight of this shape, (out, in, *kernel) or (size,)."""
         rows, cols = self.size
@@ -88,11 +92,13 @@ class Layer:
 
     def changed(self, weight: Tensor) -> Tensor:
         """W_1, of the weight's shape and dtype (fp32 or fp64)."""
-        return weight + self.added(weight)
+        wide = self.widened(weight)
+        return wide + self.added(wide)
 
     def delta(self, weight: Tensor) -> Tensor:
         """W_1 - W."""
-        return self.changed(weight) - weight if self.replaces else self.added(weight)
+        wide = self.widened(weight)
+        return self.changed(weight) - wide if self.replaces else self.added(wide)
 
     def scaled(self, ratio: float) -> dict[str, Tensor]:
         """Tensors by ending of a layer with `ratio` times the change: its size goes into the alpha where one is read (so that
@@ -159,7 +165,7 @@ class ScaledLayer(Layer):
     @property
     def fixed(self) -> str:
         """Why no share of it can be written."""
-        return "its magnitudes renormalise the whole weight, so no factor is proportional to the change" if self.replaces else ""
+        return "its magnitudes renormalise the whole weight, so no factor is proportional to the change" if self.magnitudes is not None else ""
 
     @property
     def needs_the_weight(self) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TriLoRAError
-from ..factors import LowRank, fold_scale
+from ..factors import LowRank, canonicalise, fold_scale, is_canonical, keep_rank
 from .layer import BROKEN, OTHER_MODEL, ScaledLayer, check_kernel
 from .numbers import ALPHA, MAGNITUDES, RESHAPE, factor, largest, matrix, product_bound, whole_bound
 
@@ -139,13 +139,23 @@ class LowRankLayer(ScaledLayer):
         up, down = self.on(self.up_end, weight).flatten(1), self.on(self.down_end, weight).flatten(1)
         return up @ down if MID not in self.tensors else tucker(self.on(MID, weight), up, down)
 
-    def changed(self, weight: Tensor) -> Tensor:
-        """See `Layer.changed`; a weight that gets a new shape is zero where it was not."""
-        if self.reshape is not None and tuple(weight.shape) != self.reshape:
-            wide = weight.new_zeros(self.reshape)
-            wide[tuple(slice(n) for n in weight.shape)] = weight
-            weight = wide
-        return super().changed(weight)
+    def widened(self, weight: Tensor) -> Tensor:
+        """See `Layer.widened`."""
+        if self.reshape is None or tuple(weight.shape) == self.reshape:
+            return weight
+        wide = weight.new_zeros(self.reshape)
+        wide[tuple(slice(n) for n in weight.shape)] = weight
+        return wide
+
+    def cut(self, rank: int) -> "LowRankLayer":
+        """The best approximation of the pair by `rank` directions (itself where it has no more); not for magnitudes and cores."""
+        pair = self.pair()
+        if rank >= pair.rank:
+            return self
+        pair = keep_rank(pair if is_canonical(pair) else canonicalise(pair), rank)
+        up, down = self.tensors[self.up_end], self.tensors[self.down_end]
+        kept = {self.up_end: pair.up.reshape(up.shape[0], pair.rank, *up.shape[2:]), self.down_end: pair.down.reshape(pair.rank, *down.shape[1:])}
+        return LowRankLayer.read(self.name, {**self.tensors, **kept}, pair.alpha)
 
 
 def tucker(core: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def factor(name: str, tensors: Mapping[str, Tensor], ending: str) -> Tensor:
     if not tensor.is_floating_point():
         raise TriLoRAError(f"{key} is {tensor.dtype}, expected floating-point factors; the file is broken")
     if tensor.numel() == 0:
-        raise TriLoRAError(f"{key} is {tuple(tensor.shape)}, a layer of rank 0 or without size; the file is broken")
+        raise TriLoRAError(f"{key} is {tuple(tensor.shape)}: a layer of rank 0 or without size, whose factors cannot be multiplied; the file is broken")
     return tensor
 
 
@@ -39,7 +39,7 @@ def matrix(name: str, tensors: Mapping[str, Tensor], ending: str) -> Tensor:
     """A factor as a matrix; it may have axes of length 1 behind its two. Raises TriLoRAError for another shape."""
     tensor = factor(name, tensors, ending)
     if tensor.ndim < 2 or any(n != 1 for n in tensor.shape[2:]):
-        raise TriLoRAError(f"{name}{ending} is {tuple(tensor.shape)}, expected a matrix; the file is broken")
+        raise TriLoRAError(f"{name}{ending} is {tuple(tensor.shape)}: no matrix, expected (rows, columns); the file is broken")
     return tensor.flatten(1)
 
 
@@ -47,7 +47,7 @@ def columns(name: str, tensors: Mapping[str, Tensor], ending: str) -> Tensor:
     """A factor as a matrix; its further axes are those of a convolution's kernel, and become columns."""
     tensor = factor(name, tensors, ending)
     if tensor.ndim < 2:
-        raise TriLoRAError(f"{name}{ending} is {tuple(tensor.shape)}, expected a matrix; the file is broken")
+        raise TriLoRAError(f"{name}{ending} is {tuple(tensor.shape)}: no matrix, expected (rows, columns); the file is broken")
     return tensor.flatten(1)
 
 
