@@ -154,6 +154,20 @@ def weight_of(patcher, key: str) -> Tensor:
     return comfy.lora.calculate_weight(patcher.patches.get(key, []), weight, key)
 
 
+def dora(patcher, tensors) -> dict[str, Tensor]:
+    """Target key -> m (W + A) / ||W + A|| - W (arXiv:2402.09353), the norms of rows, for the host's own names with kohya's
+    endings: what PEFT, diffusers and LyCORIS mean by magnitudes of the outputs, and core does not."""
+    found = {}
+    for name in (key.removesuffix(".dora_scale") for key in tensors if key.endswith(".dora_scale")):
+        up, down = (tensors[f"{name}.lora_{half}.weight"].double().flatten(1) for half in ("up", "down"))
+        weight = weight_of(patcher, f"{name}.weight").double()
+        scale = float(tensors[f"{name}.alpha"]) / len(down) if f"{name}.alpha" in tensors else 1.0
+        changed = weight.flatten(1) + scale * up @ down
+        changed *= tensors[f"{name}.dora_scale"].double().reshape(-1, 1) / changed.norm(dim=1, keepdim=True)
+        found[f"{name}.weight"] = changed.view(weight.shape) - weight
+    return found
+
+
 def deltas(patched, patcher) -> dict[str, Tensor]:
     """Target key -> what a patched MODEL's patches add to the weight."""
     with torch.inference_mode():

@@ -240,9 +240,14 @@ def test_an_adapter_without_tensors(refuse_to_save):
 
 
 def test_values_that_the_chosen_dtype_cannot_hold(refuse_to_save):
-    """Kinds that are not low-rank are saved as they are, so a large difference may not fit fp16."""
-    message = refuse_to_save({"diffusion_model.out.0.diff": torch.full((64,), 1e6)}, name="large", dtype="fp16")
-    assert message.startswith("diffusion_model.out.0.diff: ") and message.endswith("too large for float16; save the adapter as bf16 or fp32")
+    """Kinds that are not plain low rank are saved as they are, so a large factor may not fit fp16; a large difference fits no model."""
+    unbalanced = layer(QUERY, 128, 128) | {f"{QUERY}.dora_scale": torch.ones(128, 1)}
+    for half, factor in (("up", 1e6), ("down", 1e-6)):
+        unbalanced[f"{QUERY}.lora_{half}.weight"] *= factor
+    message = refuse_to_save(unbalanced, name="large", dtype="fp16")
+    assert message.startswith(f"{QUERY}.lora_up.weight: ") and message.endswith("too large for float16; save the adapter as bf16 or fp32")
+    message = refuse_to_save({"diffusion_model.out.0.diff": torch.full((64,), 1e6)}, name="large", dtype="fp32")
+    assert message == "diffusion_model.out.0.diff: holds numbers beyond 65504, more than half precision can hold; the file is broken"
 
 
 def test_a_name_with_subfolders_is_fine(host_nodes, pack_module):

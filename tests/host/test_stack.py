@@ -1,6 +1,6 @@
 """Adapter Stack: W + sum of strength * (W_i - W) over files of every kind, in any order, as one patch a weight.
 
-W_i is what the host's own loader makes of file i alone, at strength 1.
+W_i is what the host's own loader makes of file i alone, at strength 1, and for DoRA what its writers mean.
 """
 
 import random
@@ -8,12 +8,14 @@ import random
 import comfy.lora
 import comfy.model_management
 import comfy.utils
+import folder_paths
 import pytest
 import torch
 from comfyui_trilora.tests.host import adapter_files, tiny_models
 from comfyui_trilora.tests.host.adapter_files import CONV, KEYS, LINEAR, low_rank, normal
+from comfyui_trilora.tests.host.foreign_writers import dora
 from comfyui_trilora.tests.host.tiny_run import distance, list_saved_adapters, load_checkpoint, run_node, weights_hash
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 STRENGTHS = (1.0, 0.4, -0.7, 1.6, 0.25, -0.3, 0.8, 0.5, 0.9, 1.2, -0.15, 0.7, 0.6, 0.35)
 ORDERS = 20
@@ -60,8 +62,9 @@ def files(tiny, saved, pack_module):
 
 @pytest.fixture(scope="module")
 def deltas(host_nodes, tiny, files):
-    """Kind -> {weight key: W_i - W}."""
-    return {kind: alone(host_nodes, tiny.patcher, name) for kind, name in files.items()}
+    """Kind -> {weight key: W_i - W}: by the host's own loader, DoRA by its formula, which core's is not."""
+    found = {kind: alone(host_nodes, tiny.patcher, name) for kind, name in files.items()}
+    return found | {"dora": dora(tiny.patcher, load_file(folder_paths.get_full_path("loras", files["dora"])))}
 
 
 @pytest.fixture(scope="module")

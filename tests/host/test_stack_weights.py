@@ -19,7 +19,7 @@ FUSED = "diffusion_model.double_blocks.0.img_attn.qkv.weight"
 def own(pack_module):
     """The pack's modules by name."""
     return {name.rpartition(".")[2]: pack_module(name) for name in
-            ("nodes.comfy_patches", "nodes.comfy_stack", "trilora_ops.checkpoint", "trilora_ops.registry")}  # fmt: skip
+            ("nodes.comfy_patches", "nodes.comfy_stack", "trilora_ops.checkpoint", "trilora_ops.registry", "trilora_ops.files.kinds")}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_slices_of_a_fused_weight(host_nodes, own):
     ]  # fmt: skip
     files = [(own["comfy_patches"].patches_from_state(own["checkpoint"].AdapterState(t), tiny.patcher, None, "file"), 0.5 + 0.3 * i) for i, t in enumerate(tensors)]
     weight, parts = weight_of(tiny, FUSED), of_key(files, FUSED)
-    assert len(parts) == 10 and {patch.name for _, patch, _ in parts if hasattr(patch, "name")} == {"lora", "loha", "trilora_stack", "trilora_transform"}
+    assert len(parts) == 10 and {patch.name for _, patch, _ in parts if hasattr(patch, "name")} == {"lora", "trilora_layer", "trilora_transform"}
     wanted = formula(parts, weight)
     for order in (files, files[::-1], files[3:] + files[:3]):
         patcher = tiny.patcher.clone()
@@ -194,8 +194,9 @@ def stack_bias(stacks, key: str):
 def test_parts_that_give_the_weight_a_larger_shape(own):
     """Control LoRAs of Flux widen the input layer: everything else acts on the weight that came in, in any order."""
     weight, patches = normal(20, 8), own["comfy_patches"].LowRankPatch
-    wide = LoRAAdapter(set(), (normal(20, 3), normal(3, 14), 1.5, None, None, [20, 14]))
-    parts = [({"key": own["comfy_patches"]._own_patch(wide, 0)}, 0.5), ({"key": patches(set(), (normal(20, 2), normal(2, 8), 1.0, None, None, None))}, 0.7),
+    file = {".lora_up.weight": normal(20, 3), ".lora_down.weight": normal(3, 14), ".alpha": torch.tensor(1.5), ".reshape_weight": torch.tensor([20, 14])}
+    wide = own["comfy_patches"].LayerPatch.of(own["kinds"].read_layer("x", file).weight)
+    parts = [({"key": wide}, 0.5), ({"key": patches(set(), (normal(20, 2), normal(2, 8), 1.0, None, None, None))}, 0.7),
              ({"key": ("diff", (normal(24, 8, seed=2), {"pad_weight": True}))}, 0.2), ({"key": ("diff", (normal(20, 8, seed=3),))}, -0.4)]  # fmt: skip
     wanted = torch.zeros(24, 14)
     wanted[:20, :14] += 0.5 * 0.5 * normal(20, 3) @ normal(3, 14)

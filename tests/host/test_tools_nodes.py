@@ -186,9 +186,9 @@ def test_nodes_refuse(host_nodes, saved, error, node, inputs, words):
 
 
 def test_a_style_never_loses_layers(host_nodes, tiny, saved, error, base_dir):
-    """A layer of another model, LoHa in a PEFT file: refused, and nothing is written."""
+    """A layer of another model, a whole difference in a PEFT file: refused, and nothing is written."""
     for extra, keys, words in (({**layer("lora_unet_nowhere", 3, 3)}, "kohya", "1 layers have no place in this model .lora_unet_nowhere."),
-                               ({f"{QUERY}.hada_w1_a": torch.ones(2, 2)}, "peft", "keys=peft: unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.hada_w1_a")):  # fmt: skip
+                               ({f"{QUERY}.diff": torch.ones(128, 128)}, "peft", "keys=peft: unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.diff")):  # fmt: skip
         adapter = load(host_nodes, saved({**layer(KERNEL, 128, 128, kernel=(3, 3)), **extra}))
         before = set(base_dir.rglob("*"))
         with pytest.raises(error, match=words):

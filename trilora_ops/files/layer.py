@@ -84,7 +84,9 @@ class Layer:
             if not torch.isfinite(tensor.float()).all():
                 raise TriLoRAError(f"{self.name}{ending}: holds NaN or infinite values; {BROKEN}; train or download it again")
         if not self.reach() <= LIMIT:
-            raise TriLoRAError(f"{self.name}: its tensors multiply to numbers beyond {LIMIT:g}, more than a weight can hold; {BROKEN}")
+            many = len(self.tensors) > 1
+            said = "its tensors multiply to numbers" if many else "holds numbers"
+            raise TriLoRAError(f"{self.name}{'' if many else next(iter(self.tensors))}: {said} beyond {LIMIT:g}, more than half precision can hold; {BROKEN}")
 
     def added(self, weight: Tensor) -> Tensor:
         """What the factors alone add, of the weight's shape and dtype (fp32 or fp64)."""
@@ -181,8 +183,8 @@ class ScaledLayer(Layer):
         """See `Layer.check`."""
         super().check(shape)
         if self.magnitudes is not None and _axis(self.magnitudes, shape) is None:
-            rows, cols = ((n if axis == kept else 1 for axis, n in enumerate(shape)) for kept in (0, 1))
-            raise TriLoRAError(f"has a dora_scale of {tuple(self.magnitudes.shape)}, expected {tuple(rows)} or {tuple(cols)}; {BROKEN}")
+            rows, cols = (tuple([n if axis == kept else 1 for axis, n in enumerate(shape)]) for kept in (0, 1))
+            raise TriLoRAError(f"has a dora_scale of {tuple(self.magnitudes.shape)}, expected {rows} or {cols}; {BROKEN}")
 
     def bound(self) -> float:
         """See `Layer.bound`."""
