@@ -21,6 +21,7 @@ from ..training.host import Sample
 from ..trilora_ops.errors import TriLoRAError
 from ..trilora_ops.metadata import fingerprint
 from .compat import frozen_weight, multiplies_bf16, training_clone, training_kernels
+from .encoding import check_finite
 from .types import EncodedImage
 
 _BLOCK_LISTS = {"blocks", "double_blocks", "single_blocks", "layers", "transformer_blocks", "joint_blocks",
@@ -81,6 +82,7 @@ class ComfyHost:
 
     def prepare(self, image: EncodedImage, conditioning: list) -> Sample:
         """A sample in the model's own scale, with the conditions computed for its own size."""
+        check_finite(image.name, image.latent, conditioning)
         latent = image.latent.detach().clone().float()
         channels = self.model.latent_format.latent_channels
         if latent.shape[1] != channels:

@@ -1,4 +1,4 @@
-"""Training Dataset: a folder of captioned images, encoded once; and the encoding that every dataset node does."""
+"""Training Dataset: a folder of captioned images, encoded once."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import logging
 import os
 from pathlib import Path
 
-import comfy.model_management
-import comfy.utils
 import folder_paths
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
-from ..training.captions import tag_frequency
-from ..training.dataset import IMAGE_TYPES, MAX_REPEATS, TrainingImage, folders_of, numbered, read_folder, summary
+from ..training.dataset import MAX_REPEATS, read_folder, summary
+from ..training.folder import IMAGE_TYPES, belongs_to_system, numbered, shown, stamps
 from ..trilora_ops.errors import TriLoRAError
 from . import compat
-from .types import Dataset, EncodedDataset, EncodedImage
+from .encoding import encoded
+from .types import Dataset
 
 log = logging.getLogger("trilora")
+_DEPTH = 4  # levels of folders that are listed
 _NONE = "(put a folder of images into ComfyUI/input)"
 
 
@@ -63,8 +63,10 @@ class TrainingDatasetNode(io.ComfyNode):
         """Run again when a file of the folder has changed."""
         if folder is None:  # linked: what it will hold is not known yet
             return float("nan")
-        places = folders_of(folder_path(folder))
-        return [(place.name, p.name, p.stat().st_mtime_ns, p.stat().st_size) for place in places for p in sorted(place.iterdir()) if p.is_file()]
+        try:
+            return stamps(folder_path(folder))
+        except TriLoRAError:  # the node itself says why the folder cannot be read
+            return float("nan")
 
     @classmethod
     def execute(cls, folder, vae, clip, trigger, resolution, repeats) -> io.NodeOutput:
@@ -85,47 +87,34 @@ def repeats_input() -> io.Input:
                                         tooltip="How many times an epoch shows each image. It changes how sets are mixed and counted, not the number of steps."))
 
 
-def encoded(images: list[TrainingImage], vae, clip, trigger: str, node_id: str | None) -> io.NodeOutput:
-    """What a dataset node gives: the images after the host's encoders, and the summary, which is also shown on the node."""
-    text = summary(images)
-    compat.show_text(text.replace("\n", ";\n"), node_id)  # 1.49's nodes 2.0 show no line breaks
-    bar = comfy.utils.ProgressBar(len(images))
-    prompts: dict[str, list] = {}
-    done = []
-    for image in images:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        if image.prompt not in prompts:
-            prompts[image.prompt] = encode_prompt(clip, image.prompt)
-        done.append(EncodedImage(image.name, image.prompt, vae.encode(image.pixels()), prompts[image.prompt], image.repeats, image.folder))
-        bar.update(1)
-    dataset = EncodedDataset(tuple(done), encode_prompt(clip, ""), trigger.strip(), tag_frequency(i.prompt for i in images), text)
-    return io.NodeOutput(dataset, text, ui=ui.PreviewText(text))
-
-
-def encode_prompt(clip, prompt: str) -> list:
-    """The host's CONDITIONING of a prompt."""
-    return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
-
-
 def image_folders() -> list[str]:
     """Subfolders of the input folder that hold images, or folders named "25_name" with images; relative, with forward slashes."""
-    root = folder_paths.get_input_directory()
+    root = os.path.abspath(folder_paths.get_input_directory())
     found = set()
     for directory, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:] = sorted(d for d in subfolders if not d.startswith("."))
-        if directory.count(os.sep) - root.count(os.sep) >= 4:
+        subfolders[:] = [d for d in sorted(subfolders) if not belongs_to_system(d) and not _leads_back(root, directory, d)]
+        if directory.count(os.sep) - root.count(os.sep) >= _DEPTH:
             subfolders[:] = []
-        if directory != root and any(f.lower().endswith(IMAGE_TYPES) for f in files):
+        if directory != root and any(f.lower().endswith(IMAGE_TYPES) and not belongs_to_system(f) for f in files):
             parent, name = os.path.split(directory)
             holders = [directory, parent] if numbered(name) and parent != root else [directory]
             found.update(os.path.relpath(holder, root).replace(os.sep, "/") for holder in holders)
     return sorted(found)
 
 
+def _leads_back(root: str, directory: str, name: str) -> bool:
+    """Whether a subfolder is a link to a folder on the way to it: it would be listed again and again."""
+    path = os.path.join(directory, name)
+    if not os.path.islink(path):
+        return False
+    target, own = os.path.realpath(path), os.path.realpath(directory)
+    return target == os.path.realpath(root) or own == target or own.startswith(target + os.sep)
+
+
 def folder_path(folder: str) -> Path:
     """The folder inside the input folder. Raises TriLoRAError for a name that leads outside or to nothing."""
     root = os.path.abspath(folder_paths.get_input_directory())
-    path = os.path.abspath(os.path.join(root, folder))
+    path, folder = os.path.abspath(os.path.join(root, folder)), shown(folder)
     if not path.startswith(root + os.sep):
         raise TriLoRAError(f"folder={folder!r}: must be a subfolder of ComfyUI's input folder; choose one from the list")
     if not os.path.isdir(path):

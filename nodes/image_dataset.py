@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..training.dataset import from_pictures
+from ..trilora_ops.errors import TriLoRAError
 from . import compat
-from .dataset import encoded, repeats_input, resolution_input
+from .dataset import repeats_input, resolution_input
+from .encoding import encoded
 from .types import Dataset
 
 
@@ -42,13 +47,18 @@ class ImageDatasetNode(io.ComfyNode):
     @classmethod
     def execute(cls, images, vae, clip, captions, trigger, resolution, repeats) -> io.NodeOutput:
         # every input is a list: of one for a widget or a plain link, of more where a list is linked
-        pictures = [picture for batch in images for picture in batch]
+        pictures = []
+        for batch in images:
+            pictures += batch if isinstance(batch, Tensor) and batch.ndim else [batch]
         chosen = from_pictures(pictures, caption_lines(captions), trigger[0], resolution[0], repeats[0])
         return encoded(chosen, vae[0], clip[0], trigger[0], cls.hidden.unique_id)
 
 
 def caption_lines(texts: list[str]) -> list[str]:
     """One text: its lines that are not empty. Several (a linked list): each is one caption, "" too, its line breaks become spaces."""
+    if not all(isinstance(text, str) for text in texts):
+        raise TriLoRAError("captions: must be text; look at what is connected to it")
     if len(texts) > 1:
         return [" ".join(text.split()) for text in texts]
-    return [line for line in (" ".join(text.split()) for text in texts[0].splitlines()) if line]
+    lines = [" ".join(line.split()) for line in re.split(r"[\r\n]", texts[0])]
+    return [line for line in lines if line]

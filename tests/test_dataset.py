@@ -1,14 +1,14 @@
 """A folder of images as a dataset: what is read, how it is sized, what is refused."""
 
-import logging
 import re
 
 import numpy as np
 import pytest
 import torch
 from comfyui_trilora.training.buckets import STEP, bucket_size, crop_loss
-from comfyui_trilora.training.captions import read_caption, tag_frequency, with_trigger
-from comfyui_trilora.training.dataset import IMAGE_TYPES, read_folder, summary
+from comfyui_trilora.training.captions import tag_frequency, with_trigger
+from comfyui_trilora.training.dataset import read_folder, summary
+from comfyui_trilora.training.folder import IMAGE_TYPES
 from comfyui_trilora.trilora_ops.errors import TriLoRAError
 from PIL import Image
 
@@ -123,15 +123,14 @@ def test_other_modes_keep_their_colours(tmp_path, mode):
     assert (pixels - (1.0 if mode == "1" else 0.5)).abs().max() < 0.03
 
 
-def test_missing_captions_are_counted_and_named(tmp_path, caplog):
+def test_missing_captions_are_counted_and_named(tmp_path):
     folder = folder_with(tmp_path, {f"{i}": None for i in range(7)} | {"x": "a cat"})
     images = read_folder(folder, "sks", 512)
-    assert [r.levelno for r in caplog.records] == [logging.WARNING]
-    assert "7 of 8 images have no caption" in caplog.text and "0.png, 1.png, 2.png, 3.png, 4.png" in caplog.text and "5.png" not in caplog.text
+    (remark,) = images.remarks
+    assert remark.startswith("7 of 8 images have no caption and are trained with the trigger word alone")
+    assert remark.endswith(": 0.png, 1.png, 2.png, 3.png, 4.png and 2 more")
     assert summary(images).splitlines() == ["8 images, 1 with captions", f"  {images[0].size[0]} x {images[0].size[1]}: 8 images, {images[0].cropped:.0%} cropped away"]
-    caplog.clear()
-    read_folder(folder_with(tmp_path / "photos", {"only": "a cat"}), "sks", 512)
-    assert not caplog.records
+    assert not read_folder(folder_with(tmp_path / "photos", {"only": "a cat"}), "sks", 512).remarks
 
 
 def test_bad_folders_are_refused(tmp_path):
@@ -145,21 +144,17 @@ def test_bad_folders_are_refused(tmp_path):
     assert len(read_folder(folder_with(tmp_path / "photos", {"only": "a cat"}), "", 512)) == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"not an image", None], ids=["empty", "text", "cut off"])
-def test_an_unreadable_image_is_named(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"", "an empty file"), (b"not an image", "not an image"), (None, "cut off or damaged")],
+    ids=["empty", "text", "cut off"],
+)
+def test_an_unreadable_image_is_named(tmp_path, content, reason):
     folder = folder_with(tmp_path, {"a": "a cat", "b": "a dog"})
     file = folder / "b.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 90, 3), np.uint8)).save(file)
     file.write_bytes(file.read_bytes()[:2000] if content is None else content)
-    refusal(lambda: read_folder(folder, "sks", 512), "b.png: cannot be read as an image", "replace or remove")
-
-
-def test_captions_in_other_encodings(tmp_path):
-    image = tmp_path / "x.png"
-    assert read_caption(image) is None
-    for raw, text in ((b"\xef\xbb\xbfa caf\xc3\xa9\r\n", "a café"), (b"caf\xe9", "caf\ufffd"), (b" \n\t ", None), (b"", None)):
-        image.with_suffix(".txt").write_bytes(raw)
-        assert read_caption(image) == text
+    refusal(lambda: read_folder(folder, "sks", 512), f"1 images cannot be read (b.png: {reason}", "replace or remove")
 
 
 @pytest.mark.parametrize(

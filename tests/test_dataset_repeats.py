@@ -1,11 +1,10 @@
 """Repeats, kohya's folder names, and pictures that come from memory instead of a folder."""
 
-import logging
-
 import numpy as np
 import pytest
 import torch
-from comfyui_trilora.training.dataset import MAX_REPEATS, folders_of, from_pictures, numbered, read_folder, summary
+from comfyui_trilora.training.dataset import MAX_REPEATS, from_pictures, read_folder, summary
+from comfyui_trilora.training.folder import folders_of, numbered
 from PIL import Image
 
 from .test_dataset import folder_with, picture, refusal
@@ -57,10 +56,14 @@ def test_a_numbered_folder_that_is_chosen_itself(tmp_path):
     refusal(lambda: read_folder(folder, "", 64, repeats=MAX_REPEATS), f"repeats={25 * MAX_REPEATS} for a.png", "the number in the folder's name included")
 
 
-def test_a_folders_name_stands_in_for_missing_captions_where_no_trigger_does(tmp_path, caplog):
+def test_a_folders_name_stands_in_for_missing_captions_where_no_trigger_does(tmp_path):
     folder = kohya(tmp_path)
-    assert [i.prompt for i in read_folder(folder, "", 64)] == ["dog", "sks dog, grass", "sks dog, snow"]
-    assert [r.levelno for r in caplog.records] == [logging.WARNING] and "1 of 3 images have no caption and are trained with their folder's name: 1_dog/c.png" in caplog.text
+    images = read_folder(folder, "", 64)
+    assert [i.prompt for i in images] == ["dog", "sks dog, grass", "sks dog, snow"]
+    assert images.remarks == (
+        "1 of 3 images have no caption and are trained with their folder's name: 1_dog/c.png",
+        "images in other folders are not used: 0_none, old",
+    )
     assert [i.prompt for i in read_folder(folder, "ohwx", 64)] == ["ohwx", "ohwx, sks dog, grass", "ohwx, sks dog, snow"]
     picture(64, 64).save(folder / "loose.png")
     refusal(lambda: read_folder(folder, "", 64), "folder='img'", "1 of 4 images have no caption (loose.png)")

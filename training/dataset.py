@@ -1,9 +1,8 @@
-"""Pictures as training images, from a folder or from memory: found, checked, captioned, resized."""
+"""Pictures as training images, from a folder or from memory: checked, captioned, sized, and what was left out."""
 
 from __future__ import annotations
 
-import logging
-import re
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +14,17 @@ from torch import Tensor
 
 from ..trilora_ops.errors import TriLoRAError
 from .buckets import bucket_size, crop_loss
-from .captions import read_caption, with_trigger
+from .captions import MAX_CAPTION, read_caption, with_trigger
+from .folder import CAPTION_TYPE, Listing, few, listing, numbered, shown
+from .pictures import from_tensor, open_picture, readable_types
 
-log = logging.getLogger("trilora")
-IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_REPEATS = 10_000
-_NUMBERED = re.compile(r"(\d{1,4})_(.+)")  # kohya's folder names, "25_name"; a longer number is a date
 
 
 @dataclass(frozen=True)
 class TrainingImage:
-    """One image: its file, or the picture itself; its prompt, and whether that came from a caption of its own; the size it
-    is trained at and the share that is cut off for it; how many times an epoch shows it.
+    """One image: its file, or the picture itself; its prompt, and whether that came from a caption of its own; the size
+    it is trained at and the share that is cut off for it; how many times an epoch shows it.
     """
 
     name: str
@@ -39,79 +37,163 @@ class TrainingImage:
     folder: str = ""
 
     def pixels(self) -> Tensor:
-        """(1, height, width, 3) fp32 in [0, 1]: scaled to cover `size`, cropped at the centre, transparency on white."""
-        image = _open(self.source) if isinstance(self.source, Path) else self.source
-        image = ImageOps.fit(_flatten(image), self.size, Image.Resampling.LANCZOS)
+        """(1, height, width, 3) fp32 in [0, 1]: scaled to cover `size` and cropped at the centre."""
+        image = self.source
+        if isinstance(image, Path):
+            try:
+                image, _ = open_picture(image)
+            except TriLoRAError as error:  # it was read before: the file has changed since
+                raise TriLoRAError(f"{self.name}: cannot be read any more ({error})") from error
+        image = ImageOps.fit(image, self.size, Image.Resampling.LANCZOS)
         return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255.0)[None]
 
 
-def numbered(name: str) -> tuple[int, str] | None:
-    """(repeats, what is shown) of a folder named as kohya's tools have it, "25_name"; None for any other name."""
-    found = _NUMBERED.fullmatch(name)
-    return (int(found[1]), found[2]) if found and int(found[1]) else None
+@dataclass(frozen=True)
+class ImageSet(Sequence):
+    """Training images, and in words what of their source is not used or not as it may be meant."""
+
+    images: tuple[TrainingImage, ...]
+    remarks: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index]
 
 
-def folders_of(folder: Path) -> list[Path]:
-    """Where the images of a training folder are: directly in it, and in its subfolders named "25_name"."""
-    return [folder, *sorted(p for p in folder.iterdir() if p.is_dir() and numbered(p.name))]
-
-
-def read_folder(folder: Path, trigger: str, resolution: int, repeats: int = 1) -> list[TrainingImage]:
+def read_folder(folder: Path, trigger: str, resolution: int, repeats: int = 1) -> ImageSet:
     """The images of `folders_of(folder)`, by name, each decoded once to be sure that it can be.
 
-    resolution: training area is resolution^2 pixels at the most. repeats: how many times an epoch shows each image; those
-    of a folder "25_name" 25 times as often. Raises TriLoRAError for a folder without images, an image that cannot be
-    read, and images without a caption where neither a trigger word nor the folder's "25_name" stands in.
+    resolution: training area is resolution^2 pixels at the most. repeats: how many times an epoch shows each image;
+    those of a folder "25_name" 25 times as often. Raises TriLoRAError for a folder without images, images and captions
+    that cannot be read, and images without a caption where neither a trigger word nor the folder's "25_name" stands in.
     """
     if not folder.is_dir():
-        raise TriLoRAError(f"folder={folder.name!r}: there is no such folder in ComfyUI's input folder; create it and put images in")
-    files = [(place, file) for place in folders_of(folder) for file in sorted(place.iterdir()) if file.suffix.lower() in IMAGE_TYPES]
-    if not files:
-        raise TriLoRAError(f"folder={folder.name!r}: holds no images; put files of type {', '.join(IMAGE_TYPES)} in, "
-                           "with a .txt caption of the same name beside each")
-    images, uncaptioned, promptless = [], [], []
-    for place, path in files:
-        with _open(path) as image:
-            size = ImageOps.exif_transpose(image).size
-        times, shown = numbered(place.name) or (1, "")
-        caption, name = read_caption(path), path.relative_to(folder).as_posix()
-        prompt = with_trigger(caption, trigger) or shown
-        if caption is None:
-            (uncaptioned if prompt else promptless).append(name)
-        images.append(_image(name, path, prompt, caption is not None, size, resolution, repeats * times, place.name))
-    if promptless:
-        raise TriLoRAError(f"folder={folder.name!r}: {len(promptless)} of {len(files)} images have no caption ({', '.join(promptless[:5])}); "
-                           "add .txt files or set a trigger word")
-    if uncaptioned:
+        raise TriLoRAError(f"folder={shown(folder.name)!r}: there is no such folder; create it and put images in")
+    types = readable_types()
+    files = listing(folder, types)
+    if not files.images:
+        unread = f" ({few(_types(files.others))} cannot be read)" if files.others else ""
+        raise TriLoRAError(f"folder={shown(folder.name)!r}: holds no images{unread}; put files of type {', '.join(types)}"
+                           " in, with a .txt caption of the same name beside each")
+    return _Reader(folder, files).images(trigger, resolution, repeats)
+
+
+class _Reader:
+    """Reads the files of one folder and keeps account of what is wrong with them."""
+
+    def __init__(self, folder: Path, files: Listing):
+        self.folder, self.files, self.broken = folder, files, dict(files.broken)
+        self.animated: list[str] = []
+        self.users: dict[Path | None, list[str]] = defaultdict(list)  # caption file -> names of its images
+        for place, path in files.images:
+            self.users[files.caption_of(place, path)].append(self._name(path))
+
+    def images(self, trigger: str, resolution: int, repeats: int) -> ImageSet:
+        """See `read_folder`."""
+        sizes = {path: self._size(path) for _, path in self.files.images}
+        captions = {path: self._read(read_caption, path) for path in self.users if path}
+        self._refuse_broken(set(captions))
+        images, uncaptioned, promptless = [], [], []
+        for place, path in self.files.images:
+            times, stand_in = numbered(place.name) or (1, "")
+            caption, name = captions.get(self.files.caption_of(place, path)), self._name(path)
+            prompt = with_trigger(caption, trigger) or stand_in
+            if caption is None:
+                (uncaptioned if prompt else promptless).append(name)
+            images.append(_image(name, path, prompt, caption is not None, sizes[path], resolution, repeats * times,
+                                 shown(place.name)))
+        if promptless:
+            raise TriLoRAError(f"folder={shown(self.folder.name)!r}: {len(promptless)} of {len(images)} images have no "
+                               f"caption ({few(promptless)}); add .txt files or set a trigger word")
         stand_in = "the trigger word alone" if trigger.strip() else "their folder's name"
-        log.warning("%d of %d images have no caption and are trained with %s: %s", len(uncaptioned), len(files), stand_in,
-                    ", ".join(uncaptioned[:5]))
-    return images
+        return ImageSet(tuple(images), (*_uncaptioned(uncaptioned, images, stand_in), *self._remarks()))
+
+    def _name(self, path: Path) -> str:
+        return shown(path.relative_to(self.folder).as_posix())
+
+    def _read(self, read, path: Path):
+        if path in self.broken:
+            return None
+        try:
+            return read(path)
+        except TriLoRAError as error:
+            self.broken[path] = str(error)
+            return None
+
+    def _size(self, path: Path) -> tuple[int, int] | None:
+        read = self._read(open_picture, path)
+        if read is None:
+            return None
+        picture, more = read
+        if more:
+            self.animated.append(self._name(path))
+        return picture.size
+
+    def _refuse_broken(self, captions: set[Path]) -> None:
+        """Raise for all images, and captions of images, that cannot be read at once."""
+        texts = [path for path in self.broken if path in captions]
+        images = [path for path in self.broken if path.suffix.lower() != CAPTION_TYPE]
+        parts = []
+        for paths, what, remedy in ((images, "images", "replace or remove them"),
+                                    (texts, "captions", "save them as plain text in UTF-8")):
+            if paths:
+                reasons = few(f"{self._name(path)}: {self.broken[path]}" for path in paths)
+                parts.append(f"{len(paths)} {what} cannot be read ({reasons}); {remedy}")
+        if parts:
+            raise TriLoRAError(f"folder={shown(self.folder.name)!r}: {'; and '.join(parts)}")
+
+    def _remarks(self) -> list[str]:
+        """What the folder holds and the set does not, or not as it may be meant."""
+        files = self.files
+        shared = [" and ".join(names[:3]) for file, names in self.users.items() if file and len(names) > 1]
+        orphans = [self._name(path) for path in files.captions.values() if path not in self.users]
+        said = {
+            "images share one caption: {}": shared,
+            "captions that belong to no image are not used: {}": orphans,
+            "the first frame or page alone is used of {}": self.animated,
+            "files of other types are not used: {}": _types(files.others),
+            "images in other folders are not used: {}": [self._name(path) for path in files.unread],
+        }
+        return [text.format(few(names)) for text, names in said.items() if names]
 
 
-def from_pictures(pictures: Sequence[Tensor], captions: Sequence[str], trigger: str, resolution: int, repeats: int = 1) -> list[TrainingImage]:
-    """Pictures in memory, (height, width, channels) in [0, 1] with 1, 3 or 4 channels each, with one caption for all or one each.
+def from_pictures(pictures: Sequence[Tensor], captions: Sequence[str], trigger: str, resolution: int,
+                  repeats: int = 1) -> ImageSet:
+    """Pictures in memory, (height, width, channels) in [0, 1] with 1, 3 or 4 channels; one caption for all or one each.
 
-    They are taken in 8 bits, as a PNG file of them would be. Raises TriLoRAError for no pictures, values that are not
-    finite, and a number of captions that is neither 1 nor that of the pictures (none needs a trigger word).
+    They are taken in 8 bits, as a PNG file of them would be. Raises TriLoRAError for no pictures, pictures of another
+    kind or with values that are not finite, and a number of captions that is neither 1 nor that of the pictures (none
+    needs a trigger word).
     """
     if not pictures:
         raise TriLoRAError("images: there are none")
     if len(captions) not in ((0, 1, len(pictures)) if trigger.strip() else (1, len(pictures))):
-        raise TriLoRAError(f"captions: {len(captions)} lines for {len(pictures)} images; give one line for all, or one for each"
-                           + ("" if trigger.strip() else ", or set a trigger word"))
+        or_trigger = "" if trigger.strip() else ", or set a trigger word"
+        raise TriLoRAError(f"captions: {len(captions)} lines for {len(pictures)} images; give one line for all, or one "
+                           f"for each{or_trigger}")
     each = captions if len(captions) == len(pictures) else [*captions, ""][:1] * len(pictures)
-    images = []
+    images, outside = [], {}
     for number, (picture, caption) in enumerate(zip(pictures, each, strict=True), start=1):
-        if not torch.isfinite(picture).all():
-            raise TriLoRAError(f"image {number}: holds values that are not finite; look at it, and at the VAE that decoded it")
-        pixels = (picture.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
-        image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
-        images.append(_image(f"image {number:04}", image, with_trigger(caption, trigger), bool(caption), image.size, resolution, repeats))
-    return images
+        name = f"image {number:04}"
+        try:
+            image, share = from_tensor(picture)
+        except TriLoRAError as error:
+            raise TriLoRAError(f"image {number}: {error}") from error
+        if share > 0.01:
+            outside[name] = share
+        prompt = with_trigger(caption, trigger)
+        images.append(_image(name, image, prompt, bool(caption), image.size, resolution, repeats))
+    stand_in = "the trigger word alone" if trigger.strip() else "the empty prompt"
+    remarks = _uncaptioned([image.name for image in images if not image.captioned], images, stand_in)
+    if outside:
+        shares = few(f"{name} ({share:.0%})" for name, share in outside.items())
+        remarks.append(f"values outside 0 to 1 were cut off in {len(outside)} of {len(images)} images: {shares}")
+    return ImageSet(tuple(images), tuple(remarks))
 
 
-def summary(images: list[TrainingImage]) -> str:
+def summary(images: Sequence[TrainingImage]) -> str:
     """What a person wants to know before a run: counts, captions, repeats, sizes with their crop."""
     sizes: dict[tuple[int, int], list[TrainingImage]] = {}
     numbers: dict[tuple[str, int], int] = {}
@@ -129,29 +211,27 @@ def summary(images: list[TrainingImage]) -> str:
     return "\n".join(lines)
 
 
+def _uncaptioned(names: list[str], images: list[TrainingImage], stand_in: str) -> list[str]:
+    if not names:
+        return []
+    return [f"{len(names)} of {len(images)} images have no caption and are trained with {stand_in}: {few(names)}"]
+
+
+def _types(files: list[Path]) -> list[str]:
+    """How many files there are of each ending, with the name of one."""
+    first = {path.suffix.lower(): path.name for path in reversed(files)}
+    counts = Counter(path.suffix.lower() for path in files)
+    return [f"{count} {shown(ending) or 'of no type'} ({shown(first[ending])})" for ending, count in counts.items()]
+
+
 def _image(name: str, source: Path | Image.Image, prompt: str, captioned: bool, size: tuple[int, int], resolution: int,
            repeats: int, folder: str = "") -> TrainingImage:
     if not 1 <= repeats <= MAX_REPEATS:
-        raise TriLoRAError(f"repeats={repeats} for {name}: 1 to {MAX_REPEATS}, the number in the folder's name included")
+        raise TriLoRAError(f"repeats={repeats} for {name}: must be 1 to {MAX_REPEATS}, the number in the folder's name "
+                           "included")
+    if len(prompt) > MAX_CAPTION:
+        raise TriLoRAError(f"{name}: its caption with the trigger has {len(prompt)} characters; must be at most {MAX_CAPTION}")
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise TriLoRAError(f"{name}: its caption or its folder's name holds broken characters; write it again")
     bucket = bucket_size(*size, resolution)
     return TrainingImage(name, source, prompt, captioned, bucket, crop_loss(*size, bucket), repeats, folder)
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        image = Image.open(path)
-        image.load()
-    except Exception as error:  # Pillow raises a dozen kinds for broken files, with the whole path in their words
-        raise TriLoRAError(f"{path.name}: cannot be read as an image ({type(error).__name__}); replace or remove it") from error
-    return image
-
-
-def _flatten(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits of grey, which convert() would cut off at 255
-        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        background = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(background, image)
-    return image.convert("RGB")
