@@ -51,8 +51,8 @@ def check_embeddings(clip, prompts: Iterable[tuple[str, str]]) -> None:
                 partly.add(f"embedding:{shown(embedding)} (not in {', '.join(unused)})")
     if lost:
         raise TriLoRAError(
-            f"{len(lost)} embeddings in captions cannot be used ({few(lost)}); each needs a space before it and a file "
-            "made for this text encoder in ComfyUI/models/embeddings; or write the caption without 'embedding:'"
+            f"captions name {len(lost)} embeddings that cannot be used ({few(lost)}); each needs a space before it and a "
+            "file made for this text encoder in ComfyUI/models/embeddings, or write the captions without 'embedding:'"
         )
     if partly:
         notice(f"embeddings in captions act on a part of the text encoder only: {few(sorted(partly))}")

@@ -59,7 +59,7 @@ def test_utf_16_without_a_mark_is_read_where_it_is_certain(tmp_path, encoding, t
 )  # fmt: skip
 def test_what_is_not_certain_is_refused_by_name(tmp_path, raw, reason):
     folder = folder_with(tmp_path, {"01": None, "02": "a dog"})
-    refusal(lambda: prompts(folder, raw), "folder='photos'", "1 captions cannot be read (01.txt: ", reason, "plain text in UTF-8")
+    refusal(lambda: prompts(folder, raw), "folder='photos'", "of 2 captions cannot be read (01.txt: ", reason, "plain text in UTF-8")
     (folder / "01.txt").rename(folder / "README.txt")
     assert len(read_folder(folder, "sks", 64)) == 2, "a text that no image uses is never opened"
 
@@ -83,7 +83,7 @@ def test_every_broken_caption_is_named_beside_broken_images(tmp_path):
     for i in range(8):
         (folder / f"{i}.txt").write_bytes(b"caf\xe9")
     (folder / "8.png").write_bytes(b"")
-    refusal(lambda: read_folder(folder, "sks", 64), "1 images cannot be read (8.png: an empty file)", "8 captions cannot be read",
+    refusal(lambda: read_folder(folder, "sks", 64), "1 of 9 images cannot be read (8.png: an empty file)", "8 of 8 captions cannot be read",
             "4.txt: not UTF-8 text and 3 more")  # fmt: skip
 
 
@@ -93,7 +93,7 @@ def test_captions_that_are_no_files_are_named(tmp_path):
     os.mkfifo(folder / "2.txt")
     (folder / "3.txt").symlink_to(folder / "gone.txt")
     (folder / "4.txt").symlink_to("4.txt")
-    refusal(lambda: read_folder(folder, "sks", 64), "4 captions cannot be read", "1.txt: a folder", "2.txt: not a regular file",
+    refusal(lambda: read_folder(folder, "sks", 64), "4 of 4 captions cannot be read", "1.txt: a folder", "2.txt: not a regular file",
             "3.txt: a link to nothing", "4.txt: a link to nothing")  # fmt: skip
 
 

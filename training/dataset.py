@@ -74,7 +74,7 @@ def read_folder(folder: Path, trigger: str, resolution: int, repeats: int = 1) -
     types = readable_types()
     files = listing(folder, types)
     if not files.images:
-        unread = f" ({few(_types(files.others))} cannot be read)" if files.others else ""
+        unread = f" that can be read (but {few(_types(files.others))})" if files.others else ""
         raise TriLoRAError(f"folder={shown(folder.name)!r}: holds no images{unread}; put files of type {', '.join(types)}"
                            " in, with a .txt caption of the same name beside each")
     return _Reader(folder, files).images(trigger, resolution, repeats)
@@ -136,11 +136,11 @@ class _Reader:
         texts = [path for path in self.broken if path in captions]
         images = [path for path in self.broken if path.suffix.lower() != CAPTION_TYPE]
         parts = []
-        for paths, what, remedy in ((images, "images", "replace or remove them"),
-                                    (texts, "captions", "save them as plain text in UTF-8")):
+        for paths, what, remedy in ((images, f"{len(self.files.images)} images", "replace or remove them"),
+                                    (texts, f"{len(captions)} captions", "save them as plain text in UTF-8")):
             if paths:
                 reasons = few(f"{self._name(path)}: {self.broken[path]}" for path in paths)
-                parts.append(f"{len(paths)} {what} cannot be read ({reasons}); {remedy}")
+                parts.append(f"{len(paths)} of {what} cannot be read ({reasons}); {remedy}")
         if parts:
             raise TriLoRAError(f"folder={shown(self.folder.name)!r}: {'; and '.join(parts)}")
 

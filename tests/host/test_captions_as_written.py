@@ -141,12 +141,12 @@ def test_an_embedding_that_would_be_dropped_is_refused_by_name(prompts, embeddin
     clip = text_encoder("SD1.5", embedding_directory=[embeddings])
     with pytest.raises(error) as refused:
         prompts.check_embeddings(clip, [("00.png", "a dog, embedding:small"), ("01.png", caption)])
-    assert "1 embeddings in captions cannot be used" in str(refused.value) and words in str(refused.value)
+    assert "captions name 1 embeddings that cannot be used" in str(refused.value) and words in str(refused.value)
 
 
 def test_every_caption_with_a_missing_embedding_is_counted(prompts, embeddings, error):
     clip = text_encoder("SD1.5", embedding_directory=[embeddings])
-    with pytest.raises(error, match=r"^7 embeddings in captions cannot be used \(0.png: embedding:x+\.\.\.x+, .* and 2 more\)") as refused:
+    with pytest.raises(error, match=r"^captions name 7 embeddings that cannot be used \(0.png: embedding:x+\.\.\.x+, .* and 2 more\)") as refused:
         prompts.check_embeddings(clip, [(f"{i}.png", f"a cat embedding:{'x' * 2000}") for i in range(7)])
     assert len(str(refused.value)) < 900
 

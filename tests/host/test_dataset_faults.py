@@ -170,7 +170,7 @@ def test_training_stops_before_its_first_step(host_nodes, pack_module, error, pa
 
 def test_embeddings_in_captions_through_the_node(host_nodes, encoders, folder, error):
     (folder / "chelsea.txt").write_text("a cat, embedding:no_such_thing")
-    with pytest.raises(error, match="1 embeddings in captions cannot be used .chelsea.png: embedding:no_such_thing."):
+    with pytest.raises(error, match="captions name 1 embeddings that cannot be used .chelsea.png: embedding:no_such_thing."):
         encode(host_nodes, encoders, folder)
 
 
