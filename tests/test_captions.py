@@ -72,7 +72,7 @@ def test_the_longest_caption_is_read_whole(tmp_path):
 
 def test_an_empty_file_is_no_caption(tmp_path):
     folder = folder_with(tmp_path, {"01": None, "02": "a dog"})
-    for raw in (b"", b" \n\t ", b"\xef\xbb\xbf", b"\xff\xfe", "\u3000\u2028".encode()):
+    for raw in (b"", b" \n\t ", b"\xef\xbb\xbf", b"\xff\xfe", "\u3000\u2028".encode(), "\u200b".encode()):
         (folder / "01.txt").write_bytes(raw)
         images = read_folder(folder, "sks", 64)
         assert not images[0].captioned and "1 of 2 images have no caption" in images.remarks[0]

@@ -41,7 +41,7 @@ def refusal(action, *words) -> None:
 
 def test_images_captions_and_order(tmp_path):
     folder = folder_with(tmp_path, {"b": "a dog,\n on grass \n", "a": "a cat", "c": "  \n"})
-    (folder / "notes.md").write_text("not an image")
+    (folder / "notes.md").write_text("no image")
     (folder / "more").mkdir()
     picture(8, 8).save(folder / "more" / "deep.png")
     images = read_folder(folder, "sks", 512)
@@ -146,7 +146,7 @@ def test_bad_folders_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"", "an empty file"), (b"not an image", "not an image"), (None, "cut off or damaged")],
+    [(b"", "an empty file"), (b"a shopping list", "not an image that can be read"), (None, "cut off or damaged")],
     ids=["empty", "text", "cut off"],
 )
 def test_an_unreadable_image_is_named(tmp_path, content, reason):

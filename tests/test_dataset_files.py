@@ -68,9 +68,16 @@ def huge_png() -> bytes:
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(eps(), "not an image"), (huge_png(), "more than 178,956,970 pixels"), (b"<html>", "not an image"), (b"GIF89a", "not an image"),
-     (b"BM" + b"\xff" * 60, ""), (b"\0" * 100, "not an image"), (b"II*\0\x08\0\0\0\0\0", "")],
-)  # fmt: skip
+    [
+        (eps(), "not an image"),
+        (huge_png(), "more than 178,956,970 pixels"),
+        (b"<html>", "not an image"),
+        (b"GIF89a", "not an image"),
+        (b"\0" * 100, "not an image"),
+        (b"BM" + b"\xff" * 60, ""),
+        (b"II*\0\x08\0\0\0\0\0", ""),
+    ],
+)
 def test_hostile_files_are_named(tmp_path, content, reason):
     (tmp_path / "x.png").write_bytes(content)
     picture(64, 64).save(tmp_path / "y.png")
@@ -116,6 +123,12 @@ def test_what_is_no_file_is_named_and_never_opened(tmp_path):
     assert read_folder(folder, "", 64).remarks == ("files of other types are not used: 1 of no type (pipe)",)
 
 
+def test_a_numbered_folder_that_leads_back_is_not_read_again(tmp_path):
+    folder = folder_with(tmp_path, {"01": "a cat"})
+    (folder / "5_cat").symlink_to(folder)
+    assert [image.name for image in read_folder(folder, "", 64)] == ["01.png"]
+
+
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
 
@@ -153,7 +166,7 @@ def test_a_file_that_breaks_after_the_check_is_named(tmp_path):
     folder = folder_with(tmp_path, {"01": "a cat"})
     (image,) = read_folder(folder, "", 64)
     (folder / "01.png").write_bytes(b"gone")
-    refusal(image.pixels, "01.png: cannot be read any more (not an image)")
+    refusal(image.pixels, "01.png: cannot be read any more (not an image that can be read)")
 
 
 def test_folder_names_in_messages_are_bounded(tmp_path):

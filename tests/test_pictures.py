@@ -36,9 +36,10 @@ def gradient(low=0.0, high=1.0) -> np.ndarray:
         ("x.tif", gradient(0, 65535).astype(">u2")),
         ("x.tif", gradient(0, 65535).astype(np.int32)),
         ("x.tif", gradient(0, 255).astype(np.int32)),
+        ("x.tif", gradient(0, 255).astype(np.uint16)),
         ("x.tif", gradient(0, 255).astype(np.uint8)),
     ],
-    ids=["fractions", "16 bits", "16 bits PNG", "16 bits big-endian", "32 bits of 16", "32 bits of 8", "8 bits"],
+    ids=["fractions", "16 bits", "16 bits PNG", "16 bits big-endian", "32 bits of 16", "32 bits of 8", "16 bits of 8", "8 bits"],
 )
 def test_numbers_of_every_width_are_the_same_picture(tmp_path, name, values):
     found = pixels(saved(tmp_path, name, Image.fromarray(values)))
@@ -48,11 +49,13 @@ def test_numbers_of_every_width_are_the_same_picture(tmp_path, name, values):
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        (gradient(0, 255).astype(np.float32), "fractions from 0 to 255"),
-        (gradient(-1, 1).astype(np.float32), "fractions from -1 to 1"),
-        (np.full((64, 64), np.nan, np.float32), "fractions from nan to nan"),
-        (gradient(0, 2**31 - 1).astype(np.int32), "32-bit numbers from 0 to 2147483647"),
-        (gradient(-5, 5).astype(np.int32), "32-bit numbers from -5 to 5"),
+        (gradient(0, 255).astype(np.float32), "numbers from 0 to 255"),
+        (gradient(-1, 1).astype(np.float32), "numbers from -1 to 1"),
+        (np.full((64, 64), np.nan, np.float32), "numbers from nan to nan"),
+        (gradient(0, 2**31 - 1).astype(np.int32), "numbers from 0 to 2.14748e+09"),
+        (gradient(-5, 5).astype(np.int32), "numbers from -5 to 5"),
+        (gradient(0, 4095).astype(np.uint16), "numbers from 0 to 4095"),
+        (gradient(0, 32767).astype(np.int32), "numbers from 0 to 32767"),
     ],
 )
 def test_numbers_whose_white_is_unknown_are_refused(tmp_path, values, reason):

@@ -40,7 +40,8 @@ def read_caption(file: Path) -> str | None:
     text = " ".join(decoded(raw).split())
     if len(text) > MAX_CAPTION:
         raise TriLoRAError(f"longer than {MAX_CAPTION} characters")
-    return text or None
+    seen = any(letter.isprintable() and not letter.isspace() for letter in text)
+    return text if seen else None
 
 
 def decoded(raw: bytes) -> str:

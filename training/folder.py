@@ -88,7 +88,9 @@ def entries(place: Path) -> list[tuple[Path, os.stat_result | None]]:
 
 def folders_of(folder: Path) -> list[Path]:
     """Where the images of a training folder are: directly in it, and in its subfolders named "25_name"."""
-    return [folder, *(path for path, status in entries(folder) if _is_folder(status) and numbered(path.name))]
+    inside = [(path, status) for path, status in entries(folder) if _is_folder(status) and numbered(path.name)]
+    own = os.stat(folder)
+    return [folder, *(path for path, status in inside if not os.path.samestat(status, own))]  # a link may lead back
 
 
 def listing(folder: Path, readable: Iterable[str]) -> Listing:

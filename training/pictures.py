@@ -102,19 +102,25 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
     """Grey from a picture of numbers with more than 8 bits."""
     values = np.asarray(image)
     low, high = values.min(), values.max()
-    if image.mode == "F":
-        if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # not a number fails, too
-            raise TriLoRAError(f"holds fractions from {low:.4g} to {high:.4g}, so its white is unknown; must be 0 to 1")
-        white = 1
-    elif image.mode == "I" and image.format not in ("PNG", "PPM"):  # 32 bits, with counts of 8 or of 16
-        if low < 0 or high > 65535:
-            raise TriLoRAError(f"holds 32-bit numbers from {low} to {high}, so its white is unknown; must have 16 bits")
-        white = 255 if high <= 255 else 65535
-    else:
-        white = 65535
+    white = _white(image, low, high)
+    if white is None:
+        raise TriLoRAError(f"holds numbers from {low:.6g} to {high:.6g}, so its white is unknown; save it in 8 bits")
     grey = np.rint(values.astype(np.float64).clip(0, white) * (255 / white)).astype(np.uint8)
     inverted = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO
     return Image.fromarray(255 - grey if inverted else grey)
+
+
+def _white(image: Image.Image, low: float, high: float) -> int | None:
+    """The number that is white: 1, that of 8 bits or that of 16; None where the picture could mean several."""
+    if image.mode == "F":
+        return 1 if low >= -_ROUNDING and high <= 1 + _ROUNDING else None
+    if low < 0 or high > 65535:
+        return None
+    if high <= 255:  # as 16 bits it would be black all over
+        return 255
+    # 10 and 12 bits, too, are stored in 16; in mode I a TIFF's numbers may be signed
+    known = 32768 if image.mode == "I" and image.format == "TIFF" else 4096
+    return 65535 if high >= known else None
 
 
 def _without_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
@@ -148,7 +154,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels"
     if isinstance(error, UnidentifiedImageError):
-        return "not an image"
+        return "not an image that can be read"
     if isinstance(error, PermissionError):
         return "may not be opened"
     return f"cut off or damaged: {type(error).__name__}"

@@ -4,6 +4,7 @@ import functools
 import importlib
 import io
 import logging
+import random
 from types import SimpleNamespace
 
 import comfy.sd1_clip
@@ -86,6 +87,17 @@ def test_brackets_are_letters_in_every_text_encoder(prompts, monkeypatch, family
         assert tokens == repr(clip.tokenize(text)), text
     plain = [repr(clip.tokenize(text)) for text in ("saber (fate), solo", r"saber \(fate\), solo")]
     assert escaped == plain[1 if family == "LongCat-Image" else 0], "a bracket escaped as in prompts is a bracket"
+
+
+def test_any_text_is_its_letters(prompts, monkeypatch):
+    """500 texts of brackets, backslashes, weights and embeddings that lead nowhere, none of which the host may read."""
+    clip, draw = text_encoder("SD1.5"), random.Random(0)
+    pieces = ["(", ")", "((", "))", "\\", ":1.3", " ", "a cat", "embedding", "<x>", "[y]", "{z|w}", ",", "BREAK"]
+    texts = ["".join(draw.choices(pieces, k=draw.randrange(1, 15))) for _ in range(500)]
+    found = [repr(clip.tokenize(prompts.literal(clip, text))) for text in texts]
+    monkeypatch.setattr(comfy.sd1_clip, "token_weights", lambda text, weight: [(text, weight)])
+    for text, tokens in zip(texts, found, strict=True):
+        assert tokens == repr(clip.tokenize(text)), text
 
 
 def test_conditioning_of_brackets(host_nodes, models_dir, prompts):
