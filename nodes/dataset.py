@@ -113,6 +113,8 @@ def _leads_back(root: str, directory: str, name: str) -> bool:
 
 def folder_path(folder: str) -> Path:
     """The folder inside the input folder. Raises TriLoRAError for a name that leads outside or to nothing."""
+    if not isinstance(folder, str):
+        raise TriLoRAError(f"folder: must be a name, not of type {type(folder).__name__}; choose one from the list")
     root = os.path.abspath(folder_paths.get_input_directory())
     path, folder = os.path.abspath(os.path.join(root, folder)), shown(folder)
     if not path.startswith(root + os.sep):

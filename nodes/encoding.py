@@ -16,7 +16,7 @@ from ..training.dataset import ImageSet, summary
 from ..trilora_ops.errors import TriLoRAError
 from . import compat
 from .notices import collected, notice
-from .prompts import check_embeddings, encode_prompt
+from .prompts import check_embeddings, check_lengths, encode_prompt
 from .types import EncodedDataset, EncodedImage
 
 
@@ -28,7 +28,9 @@ def encoded(images: ImageSet, vae, clip, trigger: str, node_id: str | None) -> i
     with collected() as said:
         for remark in images.remarks:
             notice(remark)
-        check_embeddings(clip, [(image.name, image.prompt) for image in images])
+        prompts = [(image.name, image.prompt) for image in images]
+        check_embeddings(clip, prompts)
+        check_lengths(clip, prompts)
     text = "\n".join([summary(images), *said])
     compat.show_text(text.replace("\n", ";\n"), node_id)  # 1.49's nodes 2.0 show no line breaks
     frequency = tag_frequency(image.prompt for image in images)

@@ -13,6 +13,7 @@ from ..trilora_ops.errors import TriLoRAError
 from .notices import notice
 
 _BRACKET = re.compile(r"\\?([()])")
+_SHORT = 100  # letters; every text encoder reads more
 _EMBEDDING = re.compile(r"(\S?)embedding:(\S*)")
 
 
@@ -56,6 +57,28 @@ def check_embeddings(clip, prompts: Iterable[tuple[str, str]]) -> None:
         )
     if partly:
         notice(f"embeddings in captions act on a part of the text encoder only: {few(sorted(partly))}")
+
+
+def check_lengths(clip, prompts: Iterable[tuple[str, str]]) -> None:
+    """Give a notice of captions whose end a part of the text encoder cuts off: a word more would change none of its tokens.
+
+    prompts: (name of an image, its text).
+    """
+    cut = []
+    for name, prompt in prompts:
+        if len(prompt) < _SHORT:
+            continue
+        tokens, longer = (clip.tokenize(literal(clip, text)) for text in (prompt, f"{prompt} cat"))
+        deaf = [part for part in tokens if _is_text(tokens[part]) and repr(tokens[part]) == repr(longer[part])]
+        if deaf:
+            cut.append(f"{name} ({', '.join(deaf)})")
+    if cut:
+        notice(f"the text encoder does not read {len(cut)} captions to their end: {few(cut)}")
+
+
+def _is_text(tokens: Any) -> bool:
+    """Whether a part of what a tokenizer gives is tokens, (value, weight) each; some hold settings beside them."""
+    return isinstance(tokens, list) and bool(tokens) and isinstance(tokens[0], list) and len(tokens[0]) > 2
 
 
 def _parts(clip, embedding: str) -> tuple[list[str], list[str]]:

@@ -20,7 +20,7 @@ from .test_pictures import pixels, saved
 
 def test_system_files_are_ignored(tmp_path):
     folder = folder_with(tmp_path, {"01": "a cat"})
-    for name in ("._01.png", ".hidden.jpg", "Thumbs.db", "desktop.ini", ".DS_Store", "._01.txt"):
+    for name in ("._01.png", ".hidden.jpg", "Thumbs.db", "desktop.ini", ".DS_Store", "._01.txt", "01.png:Zone.Identifier", "Icon\r"):
         (folder / name).write_bytes(b"\0\5\x16\7")
     for name in ("__MACOSX", "@eaDir", ".ipynb_checkpoints"):
         (folder / name).mkdir()

@@ -17,7 +17,7 @@ IMAGE_TYPES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp
                ".jp2", ".avif", ".heic", ".heif", ".hif", ".jxl")
 CAPTION_TYPE = ".txt"
 _SYSTEM_NAMES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "#recycle", "$recycle.bin",
-                 "lost+found", "system volume information"}
+                 "lost+found", "system volume information", "icon\r"}
 _NUMBERED = re.compile(r"(\d{1,4})_(.+)")  # kohya's folder names, "25_name"; a longer number is a date
 _NAMED, _LONGEST = 5, 80  # names in one sentence, letters of one name
 
@@ -63,7 +63,7 @@ def numbered(name: str) -> tuple[int, str] | None:
 
 def belongs_to_system(name: str) -> bool:
     """Whether a file or folder is the system's own, never a person's: hidden, `._01.png`, `__MACOSX`, Thumbs.db."""
-    return name.startswith(".") or name.lower() in _SYSTEM_NAMES
+    return name.startswith(".") or name.lower() in _SYSTEM_NAMES or name.endswith(":Zone.Identifier")
 
 
 def entries(place: Path) -> list[tuple[Path, os.stat_result | None]]:

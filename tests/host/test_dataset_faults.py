@@ -100,9 +100,12 @@ def test_the_fingerprint_looks_at_everything_and_never_fails(pack_module, folder
     assert changed != changed
 
 
-def test_a_folders_name_is_never_repeated_at_full_length(pack_module):
+def test_a_folder_that_is_no_name_is_refused(pack_module):
     said = pack_module("nodes.dataset").TrainingDatasetNode.validate_inputs(folder="x" * 100_000)
     assert "no such folder" in said and len(said) < 300
+    for value in ("\0", "\ud800", "a\nb", 5, ["x"], {}):
+        said = pack_module("nodes.dataset").TrainingDatasetNode.validate_inputs(folder=value)
+        assert said.startswith("folder") and said.isprintable() and said.encode()
 
 
 @pytest.mark.parametrize("missing", ["vae", "clip"])
