@@ -17,6 +17,7 @@ from .errors import TriLoRAError, bounded
 from .factors import LowRank, canonicalise, is_canonical, spectrum
 from .files.kinds import by_layer, kind_of, read_layer
 from .files.low_rank import LowRankLayer
+from .files.numbers import product_bound
 from .files.transform import TransformLayer
 from .registry import RESIDUALS, TRANSFORMS, read_part
 
@@ -133,10 +134,10 @@ def _transform_layer(name: str, parts: Sequence[Mapping[str, Tensor]], size: int
         except TriLoRAError:
             continue
         kind = "+".join(k for k in (_kind_of(TRANSFORMS, T, transform), _kind_of(RESIDUALS, R, residual)) if k != "none")
-        pair = R.low_rank()
-        sigma, change = None if pair is None else _sigma(pair), _change(transform, inp)
-        finite = math.isfinite(change) and (sigma is None or bool(torch.isfinite(sigma).all()))
-        return LayerFacts(name, kind, size, sigma, change) if finite else replace(unknown, kind="broken transform")
+        pair, change = R.low_rank(), _change(transform, inp)
+        if not math.isfinite(change) or (pair is not None and product_bound(pair.up, pair.down) == math.inf):
+            return replace(unknown, kind="broken transform")
+        return LayerFacts(name, kind, size, None if pair is None else _sigma(pair), change)
     return unknown
 
 
