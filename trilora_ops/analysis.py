@@ -135,7 +135,7 @@ def _transform_layer(name: str, parts: Sequence[Mapping[str, Tensor]], size: int
             continue
         kind = "+".join(k for k in (_kind_of(TRANSFORMS, T, transform), _kind_of(RESIDUALS, R, residual)) if k != "none")
         pair, change = R.low_rank(), _change(transform, inp)
-        if not math.isfinite(change) or (pair is not None and product_bound(pair.up, pair.down) == math.inf):
+        if not math.isfinite(change) or (pair is not None and not math.isfinite(product_bound(pair.up, pair.down))):
             return replace(unknown, kind="broken transform")
         return LayerFacts(name, kind, size, None if pair is None else _sigma(pair), change)
     return unknown
