@@ -11,6 +11,7 @@ import torch
 from ..trilora_ops.checkpoint import AdapterState, canonical_state, peft_state, read_adapter, write_adapter
 from ..trilora_ops.errors import TriLoRAError
 from ..trilora_ops.peft_config import BESIDE
+from .notices import notice
 
 log = logging.getLogger("trilora")
 
@@ -28,7 +29,10 @@ def file_stamp(lora_name: str | None) -> tuple[int, ...] | None:
 
 def read_file(lora_name: str) -> AdapterState:
     """The adapter of this name in the host's LoRA folders. Raises FileNotFoundError or what `read_adapter` raises."""
-    return read_adapter(folder_paths.get_full_path_or_raise("loras", lora_name))
+    state = read_adapter(folder_paths.get_full_path_or_raise("loras", lora_name))
+    for note in state.notes:
+        notice(f"{lora_name}: {note}")
+    return state
 
 
 def as_state(adapter) -> AdapterState:

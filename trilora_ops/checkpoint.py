@@ -19,7 +19,8 @@ from .files.low_rank import DOWN, PAIRS, PEFT_DOWN, PEFT_UP, UP, FileLayer, LowR
 from .files.numbers import ALPHA
 from .files.transform import PARTS, part_of
 from .one_alpha import one_alpha
-from .peft_config import IN_METADATA, alphas, read_config
+from .peft_config import IN_METADATA, read_config
+from .peft_tuners import translate
 from .registry import is_known
 
 FORMAT = "trilora"
@@ -31,11 +32,15 @@ _HASHES = ("sshs_", "modelspec.hash")
 
 
 class AdapterState(dict):
-    """An adapter in memory: public key -> tensor, with the file's metadata (str -> str). The host's LORA_MODEL."""
+    """An adapter in memory: public key -> tensor, with the file's metadata (str -> str). The host's LORA_MODEL.
+
+    notes: what a person should know of the file it was read from, () for any other.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor] = (), metadata: Mapping[str, str] | None = None):
         super().__init__(tensors)
         self.metadata = dict(metadata or {})
+        self.notes: tuple[str, ...] = ()
 
     @property
     def canonical(self) -> bool:
@@ -94,9 +99,9 @@ def peft_state(state: AdapterState) -> AdapterState:
 def read_adapter(path: str | os.PathLike) -> AdapterState:
     """Read a .safetensors adapter whole; nothing of it is used before all of it is checked.
 
-    A scale that peft or diffusers keep beside the tensors becomes an `.alpha` of each layer it belongs to.
-    Raises TriLoRAError for another file type, a damaged file, a non-finite tensor and, in files with our mark, for
-    every unknown, missing or mis-shaped tensor.
+    What peft or diffusers say of the tensors beside them, see `peft_tuners`, goes into the tensors; `notes` of the result
+    has what was left out or is in doubt. Raises TriLoRAError for another file type, a damaged file, a non-finite tensor, an
+    adapter of peft that is not read and, in files with our mark, for every unknown, missing or mis-shaped tensor.
     """
     path = Path(path)
     if path.suffix.lower() != ".safetensors":
@@ -112,7 +117,7 @@ def read_adapter(path: str | os.PathLike) -> AdapterState:
         if state.metadata.get("trilora.format") == FORMAT:
             _check_strict(state)
         else:
-            _take_scale_of_peft(state, path)
+            _take_config_of_peft(state, path)
     except TriLoRAError as error:
         raise TriLoRAError(f"{path.name}: {error}") from None
     return state
@@ -155,15 +160,10 @@ def check_finite(tensors: Mapping[str, Tensor], problem: str = "holds NaN or inf
             raise TriLoRAError(f"{key}: {problem}")
 
 
-def _take_scale_of_peft(state: AdapterState, path: Path) -> None:
-    config = read_config(path, state.metadata)
-    names = [(key.removesuffix(up), down) for key in state for up, down in PAIRS if key.endswith(up)]
-    ranks = {name: state[name + down].shape[0] for name, down in names if name + down in state and state[name + down].ndim}
-    for name, alpha in alphas(config, ranks).items():
-        if alpha != ranks[name]:
-            state.setdefault(name + ALPHA, torch.tensor(alpha))
-    if ranks:  # said with tensors now, and no longer true of a copy with other ranks
-        state.metadata.pop(IN_METADATA, None)
+def _take_config_of_peft(state: AdapterState, path: Path) -> None:
+    state.notes = tuple(translate(state, read_config(path, state.metadata), PAIRS))
+    # said with tensors now, and no longer true of a copy with other ranks
+    state.metadata.pop(IN_METADATA, None)
 
 
 def _cast(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,79 +1,137 @@
-"""What files written by peft and diffusers keep elsewhere, or under another name, than those of other trainers.
+"""The configuration that peft and diffusers keep beside an adapter's tensors.
 
-Scale: their layers are scale * B * A with scale = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora` (peft's LoraConfig).
-peft writes that configuration to `adapter_config.json` beside `adapter_model.safetensors`; diffusers writes it into the
-file's metadata, `lora_adapter_metadata`, one set of fields for each component ("unet.lora_alpha"). Here it becomes what
-every other trainer writes: an `.alpha` for each layer.
+peft writes it to `adapter_config.json` beside `adapter_model.safetensors`; diffusers writes it into the file's metadata,
+`lora_adapter_metadata`, one set of fields for each part of the model ("unet.lora_alpha"). What its fields mean for the
+tensors is in `peft_tuners`.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import TriLoRAError
 
 IN_METADATA = "lora_adapter_metadata"
 BESIDE = {"adapter_model.safetensors": "adapter_config.json"}
-_WRAPPER = "base_model.model."  # what peft puts before every module's name
+WRAPPER = "base_model.model."  # what peft puts before every module's name
 _MAX_BYTES = 2**20
+_MOST_PARTS = 16
+_DEEPEST = 64  # dots in a pattern's name
+# a part of the configuration is one if it has at least one of these
+_FIELDS = {"peft_type", "lora_alpha", "alpha"}
 
 
-def read_config(path: Path, metadata: Mapping[str, str]) -> dict:
-    """The LoraConfig that belongs to a file, {} where there is none. Raises TriLoRAError if it is no JSON object."""
+@dataclass(frozen=True)
+class Component:
+    """The configuration of one part of a model.
+
+    prefix: how the names of its layers begin in the file, "unet." and the like, or "" for all of the file; fields: those of
+    peft's configuration class.
+    """
+
+    prefix: str
+    fields: Mapping
+
+    @property
+    def tuner(self) -> str:
+        """peft's name of the kind of adapter, LoRA where none is given."""
+        return shown(self.fields.get("peft_type") or "LORA").upper()
+
+    def module(self, name: str) -> str:
+        """A layer's name in the file as peft's patterns see it."""
+        return name.removeprefix(self.prefix).removeprefix(WRAPPER)
+
+    def numbers(self, field: str, patterns: str = "") -> Callable[[str], float]:
+        """Function: a layer's name in the file -> its number, that of `field` but where one of `patterns` says another.
+
+        patterns: a field of pattern -> number; the first that names the layer holds. Raises TriLoRAError, also from the
+        function, where it is no positive number, or a pattern cannot be read.
+        """
+        exceptions = Exceptions(self.fields.get(patterns) if patterns else None, f"{self.prefix}{patterns}")
+        default = self.fields.get(field)
+        return lambda layer: _positive(exceptions.of(self.module(layer), default), f"{self.prefix}{field}")
+
+
+class Exceptions:
+    """What peft's `alpha_pattern` and `rank_pattern` say of single modules: names or expressions, found at the end of a
+    module's name, behind a dot or from its start; the first that fits holds."""
+
+    def __init__(self, patterns, field: str):
+        """Raises TriLoRAError for what is no object of patterns, and for a pattern that is more than a name."""
+        if patterns is not None and not isinstance(patterns, dict):
+            raise TriLoRAError(f"{field}={shown(patterns)}: expected names of modules with their numbers; the file is broken")
+        self._values = list((patterns or {}).values())
+        # a name -> its place among the patterns: at the end of a module's name, or all of it
+        self._ends: dict[str, int] = {}
+        self._whole: dict[str, int] = {}
+        for place, pattern in enumerate(patterns or ()):
+            literal = pattern.removeprefix("^")
+            if not re.fullmatch(r"[\w.]+", literal):
+                raise TriLoRAError(f"{field}={shown(pattern)}: only names of modules are read; save the adapter without patterns, "
+                                   "for example by writing each layer's alpha into its tensors")
+            (self._ends if literal == pattern else self._whole).setdefault(literal, place)
+
+    def of(self, module: str, default):
+        """The value for a module."""
+        parts = module.split(".")
+        ends = (".".join(parts[start:]) for start in range(max(0, len(parts) - _DEEPEST), len(parts)))
+        places = [self._ends[end] for end in (module, *ends) if end in self._ends]
+        if module in self._whole:
+            places.append(self._whole[module])
+        return self._values[min(places)] if places else default
+
+
+def read_config(path: Path, metadata: Mapping[str, str]) -> list[Component]:
+    """What belongs to a file, a part whose layers' names begin with another's prefix first; [] where there is nothing.
+
+    Raises TriLoRAError if it is no JSON object.
+    """
     text, place = metadata.get(IN_METADATA), IN_METADATA
     beside = path.parent / BESIDE.get(path.name, "")
     try:
         if text is None and beside.is_file():
             place = beside.name
             with beside.open("rb") as file:
-                text = file.read(_MAX_BYTES)
+                text = file.read(_MAX_BYTES + 1)
+        if text is not None and len(text) > _MAX_BYTES:
+            raise ValueError(f"more than {_MAX_BYTES} bytes")
         config = json.loads(text) if text is not None else {}
         if not isinstance(config, dict):
             raise ValueError(f"a {type(config).__name__}")
     except (ValueError, RecursionError, OSError) as error:
         raise TriLoRAError(f"{place}: expected a JSON object with the adapter's configuration, got {error}; "
                            "without it the adapter's scale is unknown; copy or download it again") from None
-    return config
+    return _components(config)
 
 
-def alphas(config: Mapping, ranks: Mapping[str, int]) -> dict[str, float]:
-    """Layer name -> alpha = rank * scale, for the layers whose scale the configuration sets.
-
-    ranks: layer name in the file -> its rank. Raises TriLoRAError for a scale that is no positive number, and for an
-    `alpha_pattern` that is more than the name of a module: patterns of strangers are not run.
-    """
-    found = {}
-    for name, rank in ranks.items():
-        component = next((c for c in _components(config) if not c or name.startswith(c)), None)
-        if component is None:
-            continue
-        module = name.removeprefix(component).removeprefix(_WRAPPER)
-        alpha = _alpha(config, component, module)
-        # 1e19: the square root of what fp32 holds, so that its multiples are finite too
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < 1e19:
-            raise TriLoRAError(f"{component}lora_alpha={alpha!r:.40}: expected a positive number; the file is broken")
-        found[name] = float(alpha) * (math.sqrt(rank) if config.get(f"{component}use_rslora") else 1.0)
-    return found
+def component_of(name: str, components: list[Component]) -> Component | None:
+    """The configuration that a layer's name in the file falls under, None where there is none."""
+    return next((component for component in components if name.startswith(component.prefix)), None)
 
 
-def _components(config: Mapping) -> list[str]:
-    """Prefixes under which there is a LoraConfig: "unet." and the like, or "" for all of the file."""
-    return sorted((key.removesuffix("lora_alpha") for key in config if key.endswith("lora_alpha")), reverse=True)
+def shown(value, longest: int = 40) -> str:
+    """A value of a file for a message, cut where it is very long."""
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= longest else f"{text[:longest]}..."
 
 
-def _alpha(config: Mapping, component: str, module: str):
-    patterns = config.get(f"{component}alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise TriLoRAError(f"{component}alpha_pattern={patterns!r:.80}: expected names of modules with their alphas; the file is broken")
-    for pattern, alpha in patterns.items():
-        literal = pattern.removeprefix("^")
-        if not re.fullmatch(r"[\w.]+", literal):
-            raise TriLoRAError(f"{component}alpha_pattern={pattern!r}: only names of modules are read; save the adapter without patterns, "
-                               "for example by writing each layer's alpha into its tensors")
-        if module == literal or (literal == pattern and module.endswith("." + literal)):
-            return alpha
-    return config[f"{component}lora_alpha"]
+def _components(config: Mapping) -> list[Component]:
+    parts: dict[str, dict] = {}
+    for key, value in config.items():
+        head, dot, field = key.rpartition(".")
+        parts.setdefault(head + dot, {})[field] = value
+    found = [Component(prefix, fields) for prefix, fields in parts.items() if _FIELDS & fields.keys()]
+    if len(found) > _MOST_PARTS:
+        raise TriLoRAError(f"a configuration of {len(found)} parts of a model: at most {_MOST_PARTS} are read; the file is broken")
+    return sorted(found, key=lambda component: len(component.prefix), reverse=True)
+
+
+def _positive(value, what: str) -> float:
+    # 1e19: the square root of what fp32 holds, so that its multiples are finite too
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e19:
+        raise TriLoRAError(f"{what}={shown(value)}: expected a positive number; the file is broken")
+    return float(value)
