@@ -16,6 +16,8 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor, nn
 
+from .shown_text import as_text
+
 log = logging.getLogger("trilora")
 _SCHEMA_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
 _OFFLOADABLE = "offloadable" in inspect.signature(comfy.ops.cast_bias_weight).parameters
@@ -109,11 +111,11 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 
 def show_text(text: str, node_id: str | None) -> None:
-    """A line of text on the running node, where a front end is connected."""
+    """Text on the running node, where a front end is connected: these characters in these lines, whatever they are."""
     from server import PromptServer
 
     server = getattr(PromptServer, "instance", None)
     if server is not None and node_id is not None:
-        server.send_progress_text(text, node_id)
+        server.send_progress_text(as_text(text), node_id)
 
 
