@@ -7,7 +7,7 @@ from comfy_api.latest import io, ui
 
 from ..trilora_ops.errors import TriLoRAError
 from . import compat
-from .file_inputs import BLOCK_WEIGHTS, strength_input
+from .file_inputs import BLOCK_WEIGHTS, fingerprint, strength_input
 from .types import LoraModel, Stack, StackEntry
 
 
@@ -41,10 +41,8 @@ class BakeAdapter(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, block_weights="", **others):
-        """Run again when a preset that the block weights name has changed."""
-        from .block_strengths import presets_in
-
-        return presets_in(block_weights)
+        """Run again when a preset that the block weights name has changed, or a file that a stack named."""
+        return fingerprint(None, block_weights)
 
     @classmethod
     def execute(cls, model, adapter=None, strength_model=1.0, strength_clip=1.0, block_weights="", stack=None, clip=None) -> io.NodeOutput:

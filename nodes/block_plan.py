@@ -45,14 +45,17 @@ class BlockPlanNode(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, rank="", alpha="", learning_rate="", **others):
         """Run again when a preset that a text names has changed."""
-        from .block_strengths import presets_in
+        from .block_strengths import preset_stamp
 
-        return [(text, presets_in(text)) for text in (rank, alpha, learning_rate)]
+        return [(text, preset_stamp(text)) for text in (rank, alpha, learning_rate)]
 
     @classmethod
     def execute(cls, rank, alpha, learning_rate, method=None, plan=None) -> io.NodeOutput:
         from ..trilora_ops.block_plan import BlockPlan
+        from .block_strengths import read_presets_of
 
+        for text in (rank, alpha, learning_rate):
+            read_presets_of(text)
         return io.NodeOutput(BlockPlan(rank, alpha, learning_rate, method, plan))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from ..trilora_ops.errors import TriLoRAError
 from .comfy_stack import stack_patches
+from .seen import Seen
 
 log = logging.getLogger("trilora")
 _SHOWN = 5  # of what a message lists
@@ -50,6 +51,7 @@ def block_strengths(text: str, blocks, name: str = ""):
     from ..trilora_ops.block_syntax import parse
     from .block_presets import user_presets
 
+    read_presets_of(text)
     try:
         with user_presets() as presets:
             return parse(text or "", blocks, presets=presets)
@@ -79,3 +81,17 @@ def presets_in(text: str | None) -> tuple[tuple[str, str], ...]:
 
     with user_presets() as presets:
         return tuple(sorted((name, content) for name, content in presets.items() if name.lower() in text.lower()))
+
+
+_seen = Seen(presets_in)
+
+
+def read_presets_of(text: str | None) -> None:
+    """To be called before the presets of a text are looked up, for `preset_stamp`."""
+    if presets_in(text):
+        _seen.reads(text)
+
+
+def preset_stamp(text: str | None):
+    """Another value when a preset has changed that the text names, or, for None, which is a text over a link, any that was read."""
+    return _seen.changes() if text is None else presets_in(text)

@@ -55,15 +55,16 @@ class BlockWeightsNode(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, weights, **others):
         """Run again when a preset that the text names has changed."""
-        from .block_strengths import presets_in
+        from .block_strengths import preset_stamp
 
-        return (weights, presets_in(weights))
+        return (weights, preset_stamp(weights))
 
     @classmethod
     def execute(cls, model_family, dialect, weights, A=1.0, B=1.0, random_seed=0, model=None) -> io.NodeOutput:  # noqa: N803
         from ..trilora_ops.block_syntax import expand
         from ..trilora_ops.blocks import Blocks
         from .block_presets import user_presets
+        from .block_strengths import read_presets_of
         from .block_summary import other_model, summary
         from .comfy_patches import Places
 
@@ -71,6 +72,7 @@ class BlockWeightsNode(io.ComfyNode):
         if model is not None:
             known, blocks = blocks, Places.of(model, None).blocks
             hint = other_model(blocks, known, model_family)
+        read_presets_of(weights)
         try:
             with user_presets() as presets:
                 found = expand(weights, blocks, dialect, a=A, b=B, seed=random_seed, presets=presets)

@@ -119,3 +119,14 @@ def show_text(text: str, node_id: str | None) -> None:
         server.send_progress_text(as_text(text), node_id)
 
 
+def announce(event: str, data: dict) -> None:
+    """Tell every page that is open; its scripts listen for `event`. Whatever fails here, the caller's work is done."""
+    from server import PromptServer
+
+    server = getattr(PromptServer, "instance", None)
+    if server is None:
+        return
+    try:
+        server.send_sync(event, data)
+    except Exception as error:  # no page hears it, for one where the server is being stopped
+        log.info("no page was told of %s: %s", event, error)

@@ -14,6 +14,7 @@ from ..training.folder import IMAGE_TYPES, belongs_to_system, numbered, shown, s
 from ..trilora_ops.errors import TriLoRAError
 from . import compat
 from .encoding import encoded
+from .shown_text import without_markup
 from .types import Dataset
 
 log = logging.getLogger("trilora")
@@ -99,7 +100,7 @@ def image_folders() -> list[str]:
             parent, name = os.path.split(directory)
             holders = [directory, parent] if numbered(name) and parent != root else [directory]
             found.update(os.path.relpath(holder, root).replace(os.sep, "/") for holder in holders)
-    return sorted(found)
+    return without_markup(sorted(found))
 
 
 def _leads_back(root: str, directory: str, name: str) -> bool:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 
-import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
 from ..trilora_ops.errors import TriLoRAError
 from ..trilora_ops.naming import STYLES
 from . import compat
+from .notices import collected
 from .types import LoraModel
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -48,7 +48,7 @@ class SaveAdapter(io.ComfyNode):
 
     @classmethod
     def execute(cls, adapter, name, dtype, keys="kohya", model=None, clip=None) -> io.NodeOutput:
-        from .files import as_state, save_state
+        from .files import as_state, listed_name, save_state
 
         state = as_state(adapter)
         if model is not None:
@@ -57,8 +57,8 @@ class SaveAdapter(io.ComfyNode):
             state = convert_names(state, model, clip, keys)
         elif keys != "kohya":
             raise TriLoRAError(f"keys={keys}: names can only be translated with the model they are for; connect MODEL, or choose kohya to keep them")
-        path = save_state(state, name, DTYPES[dtype], keys)
-        text = f"{path}\n({os.path.getsize(path) / 2**20:.1f} MB, {dtype})"
+        with collected() as said:
+            path = save_state(state, name, DTYPES[dtype], keys)
+        text = "\n".join([path, f"({os.path.getsize(path) / 2**20:.1f} MB, {dtype})", *said])
         compat.show_text(text, cls.hidden.unique_id)
-        listed = os.path.relpath(path, os.path.join(folder_paths.get_output_directory(), "loras"))
-        return io.NodeOutput(listed, ui=ui.PreviewText(text))
+        return io.NodeOutput(listed_name(path), ui=ui.PreviewText(text))

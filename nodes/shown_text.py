@@ -7,8 +7,11 @@ a character without width, or, where Markdown leaves no other way, replaced by o
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
 
+log = logging.getLogger("trilora")
 _WORD_JOINER = "\u2060"  # no width, no line break
 _LOOK_ALIKE = str.maketrans({"*": "∗", "`": "ˋ", "~": "∼"})
 _LONGEST = 20_000  # characters; a node's report is whole in its output
@@ -23,6 +26,7 @@ _PARTED = re.compile(
     r"|@(?=\w)",
     re.IGNORECASE | re.MULTILINE,
 )
+_MARKUP = re.compile(r"<[A-Za-z/!?]")
 _STARTS_EMPHASIS = re.compile(r"(?<!\w)_+(?=[^\s_])")  # elsewhere, as in most file names, it means nothing
 
 
@@ -41,3 +45,16 @@ def _line(line: str) -> str:
     """A line that is no heading, list, quotation or code, with its indentation kept."""
     body = line.lstrip(" \t")
     return _WORD_JOINER + "\u00a0" * (len(line) - len(body)) + body.rstrip(" \t")
+
+
+def without_markup(names: list[str]) -> list[str]:
+    """Names for a menu: front end 1.27 takes them for HTML, so those that are HTML are left out, and named in the log."""
+    left_out = tuple(name for name in names if _MARKUP.search(name))
+    _tell(left_out)
+    return [name for name in names if name not in left_out]
+
+
+@functools.lru_cache(maxsize=8)
+def _tell(left_out: tuple[str, ...]) -> None:
+    for name in left_out:
+        log.warning("%s is not listed: its name would be read as HTML; rename it", as_text(name[:200]))

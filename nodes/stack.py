@@ -67,6 +67,11 @@ class ApplyStack(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **inputs):
+        """Run again when a file has changed that a stack of this or another extension named."""
+        return fingerprint(None, None)
+
+    @classmethod
     def execute(cls, model, stack=None, clip=None, lora_stack=None) -> io.NodeOutput:
         from .applying import apply_stack
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
 from ..trilora_ops.errors import TriLoRAError
 from . import compat
+from .file_inputs import fingerprint, lora_files
 from .types import LoraModel
 
 
@@ -32,7 +32,7 @@ class LoadAdapter(io.ComfyNode):
             category="TriLoRA/tools",
             description="Reads an adapter file for merging, resizing, inspecting or saving under other names; no model is needed.",
             search_aliases=["load lora model", "open lora"],
-            inputs=[io.Combo.Input("lora_name", options=folder_paths.get_filename_list("loras"),
+            inputs=[io.Combo.Input("lora_name", options=lora_files(),
                                    tooltip="A .safetensors file from models/loras or output/loras.")],
             outputs=[
                 LoraModel.Output(display_name="adapter", tooltip="For the tools, Save Adapter, or any node that takes a LORA_MODEL."),
@@ -44,9 +44,7 @@ class LoadAdapter(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, lora_name, **others):
         """Run again when the file itself has changed."""
-        from .files import file_stamp
-
-        return (lora_name, file_stamp(lora_name))
+        return fingerprint(lora_name)
 
     @classmethod
     def execute(cls, lora_name) -> io.NodeOutput:

@@ -107,7 +107,7 @@ def main() -> None:
         for saved in sorted(pictures.glob("*.json")):
             if not (target / saved.name).exists():
                 (target / saved.name).write_text(saved.read_text(encoding="utf-8"), encoding="utf-8")
-        print(f"saved to {target}; pictures in {pictures}")
+        sys.stdout.write(f"saved to {target}; pictures in {pictures}\n")
 
 
 if __name__ == "__main__":

@@ -162,10 +162,10 @@ def test_a_file_that_could_run_code(apply, ending):
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "no_such.safetensors"])
-def test_a_file_outside_the_lora_folders(host_nodes, tiny, base_dir, name):
+def test_a_file_outside_the_lora_folders(host_nodes, tiny, base_dir, name, error):
     """The name in a prompt is not to be trusted: only files in the host's LoRA folders are opened."""
     save_file(layer(QUERY, 128, 128), base_dir / "models" / "secret.safetensors")
-    with pytest.raises(FileNotFoundError, match=name.strip("/.")):
+    with pytest.raises(error, match=f"lora_name='{name}': there is no such file"):
         run_node(host_nodes, "TriLoRALoader", model=tiny.patcher, lora_name=name)
 
 

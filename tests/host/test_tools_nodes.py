@@ -64,7 +64,7 @@ def test_load_adapter_runs_again_when_the_file_has_changed(host_nodes, pack_modu
     before = node.fingerprint_inputs(lora_name=name)
     assert node.fingerprint_inputs(lora_name=name) == before
     save_file({"x.diff": torch.ones(2)}, folder_paths.get_full_path("loras", name))
-    assert node.fingerprint_inputs(lora_name=name) != before and node.fingerprint_inputs(lora_name=None) == (None, None)
+    assert node.fingerprint_inputs(lora_name=name) != before and node.fingerprint_inputs(lora_name=None) == node.fingerprint_inputs(lora_name=None)
 
 
 def test_cores_nodes_take_our_adapters_and_ours_take_cores(host_nodes, tiny, saved, pack_module):
