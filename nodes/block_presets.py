@@ -98,7 +98,7 @@ def _read(path: str, name: str) -> PresetFiles:
 
 @functools.lru_cache(maxsize=64)
 def _presets(content: bytes, name: str) -> PresetFiles:
-    from ..trilora_ops.block_preset_files import preset_lines
+    from ..trilora_ops.block_preset_files import file_lines, preset_lines
 
     try:
         return PresetFiles(tuple(Preset(preset.name, preset.text, name, preset.line) for preset in preset_lines(content.decode("utf-8-sig"))))
@@ -106,6 +106,6 @@ def _presets(content: bytes, name: str) -> PresetFiles:
         fault = f"not readable as UTF-8 text ({error})"
     except TriLoRAError as error:
         fault = str(error).removeprefix("presets: ")
-    lines = content.decode("utf-8-sig", "replace").splitlines()
+    lines = file_lines(content.decode("utf-8-sig", "replace"))
     words = {word.strip() for line in lines for word in (line.partition(":")[0], *line.split("\t")[1:2])}
     return PresetFiles((), (f"presets/{name}: {fault}; correct or delete the file in {'/'.join(('user', _USER, *_FOLDER))}",), frozenset(words))

@@ -36,7 +36,7 @@ class Api extends EventTarget {
   async storeUserData(name, text, { overwrite = true } = {}) {
     if (this.status[name]) throw new Error(`Error storing ${name}`);
     if (!overwrite && this.files.has(name)) return this.#answer(409);
-    this.files.set(name, typeof text === "string" ? text : await text.text());
+    this.files.set(name, typeof text === "string" ? text : new TextDecoder("utf-8", { ignoreBOM: true }).decode(text));
     return this.#answer(200);
   }
   async deleteUserData(name) { this.files.delete(name); return this.#answer(204); }

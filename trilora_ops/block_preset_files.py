@@ -22,6 +22,11 @@ class PresetLine:
     line: int
 
 
+def file_lines(text: str) -> list[str]:
+    """The lines of a file, which end as files of Linux, Windows or old Macs have it and at no other character; the browser counts the same."""
+    return re.split(r"\r\n|\r|\n", text.removeprefix("\ufeff"))
+
+
 def read_presets(text: str) -> dict[str, str]:
     """Name -> text of a file of presets. Raises what `preset_lines` raises."""
     return {preset.name: preset.text for preset in preset_lines(text)}
@@ -35,7 +40,7 @@ def preset_lines(text: str) -> list[PresetLine]:
     """
     found: dict[str, PresetLine] = {}
     faults = []
-    for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), 1):
+    for number, line in enumerate(file_lines(text), 1):
         if not line.strip() or line.lstrip()[0] in "#@":
             continue
         columns = line.strip().split("\t")

@@ -5,11 +5,11 @@ import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import { element } from "./block_slider.js";
 import { fits, read, Unshown } from "./block_text.js";
+import { bytesOf, linesOf, presetOf, remove, store } from "./preset_files.js";
 
-const FOLDER = "trilora/presets";
 const SAVED = "saved.txt";
-const NAME = /^[^\s@#/:=,][^#:=,\t\n]*$/;
-const RAW = { overwrite: true, stringify: false, throwOnError: true };
+const NAME = /^[^\s@#/:=,][^#:=,\t\r\n]*$/;
+const LARGEST = 1_000_000; // bytes of a file to import
 
 export class PresetMenu {
   /** tables: what Python says of layouts and presets; nodeClass: the node in whose description they come. */
@@ -38,10 +38,10 @@ export class PresetMenu {
     const box = button.getBoundingClientRect();
     this.list = element("div", { className: "list" });
     const filter = element("input", { className: "filter", placeholder: "Search", spellcheck: false, oninput: () => this.#fill(filter.value) });
-    const choose = element("input", { type: "file", accept: ".txt,text/plain", hidden: true, onchange: () => this.#import(choose.files[0]) });
+    const choose = element("input", { type: "file", accept: ".txt,text/plain", hidden: true, onchange: () => this.#try(() => this.#import(choose.files[0])) });
     this.popup = element("div", { className: "trilora-blocks trilora-presets" }, filter, this.list,
       element("div", { className: "bar" },
-        element("button", { textContent: "Save …", title: "Save what the sliders show under a name.", onclick: () => this.#save() }),
+        element("button", { textContent: "Save …", title: "Save what the sliders show under a name.", onclick: () => this.#try(() => this.#save()) }),
         element("button", { textContent: "Import file …", title: "A text file with NAME:weights in each line, as other programs write it.", onclick: () => choose.click() }), choose));
     document.body.append(this.popup);
     const { height, width } = this.popup.getBoundingClientRect();
@@ -50,13 +50,14 @@ export class PresetMenu {
     document.addEventListener("pointerdown", this.outside, true);
     document.addEventListener("keydown", this.onKey, true);
     this.#fill("");
-    await this.#reload();
+    await this.#try(() => this.#reload());
     filter.focus({ preventScroll: true });
   }
 
   /** Files may have changed since the page was loaded. */
   async #reload() {
     const answer = await api.fetchApi(`/object_info/${this.nodeClass}`);
+    if (!answer.ok) throw new Error(`the presets cannot be read: the server answers ${answer.status}`);
     const { trilora_blocks } = (await answer.json())[this.nodeClass].input.required.weights[1];
     Object.assign(this.tables, trilora_blocks);
     if (this.popup) this.#fill(this.popup.querySelector(".filter").value);
@@ -79,8 +80,8 @@ export class PresetMenu {
   #entry(preset, weights) {
     const use = element("button", { className: "use", title: preset.text, onclick: () => this.#use(preset, weights) }, element("span", { textContent: preset.name }), weights ? picture(weights) : "");
     if (!preset.file) return use;
-    const remove = element("button", { textContent: "×", title: `Delete ${preset.name} from ${preset.file}.`, onclick: () => this.#delete(preset) });
-    return element("div", { className: "mine" }, use, remove);
+    const cross = element("button", { textContent: "×", title: `Delete ${preset.name} from ${preset.file}.`, onclick: () => this.#try(() => this.#delete(preset)) });
+    return element("div", { className: "mine" }, use, cross);
   }
 
   #use(preset, weights) {
@@ -90,49 +91,74 @@ export class PresetMenu {
 
   async #save() {
     const text = (this.panel.weights?.text() ?? this.panel.state().text).trim();
-    if (!text || text.includes("\n")) return this.#tell("error", "A preset is one line of text.");
+    if (!text || /[\r\n]/.test(text)) throw new Error("a preset is one line of text");
     this.close();
     const name = (await app.extensionManager.dialog.prompt({ title: "Save preset", message: "Name:", defaultValue: "" }))?.trim();
     if (!name) return;
-    if (!NAME.test(name)) return this.#tell("error", `“${name}”: a name has no : = , or #.`);
-    const other = this.tables.presets.find((preset) => preset.name === name);
-    if (other && other.file !== SAVED) return this.#tell("error", `“${name}” is taken: ${other.file ? `it stands in ${other.file}` : "it is built in"}.`);
-    if (other && !(await app.extensionManager.dialog.confirm({ title: "Save preset", message: `Replace “${name}”?`, type: "overwrite" }))) return;
-    const lines = (await this.#lines(SAVED)).filter((line) => !line.startsWith(`${name}:`));
-    await api.storeUserData(`${FOLDER}/${SAVED}`, [...lines, `${name}:${text}`, ""].join("\n"), RAW);
+    if (!NAME.test(name)) throw new Error(`“${name}”: a name has no : = , or #`);
     await this.#reload();
+    const other = this.tables.presets.find((preset) => preset.name === name);
+    if (other && other.file !== SAVED) throw new Error(`“${name}” is taken: ${other.file ? `it stands in ${other.file}` : "it is built in"}`);
+    const before = await linesOf(SAVED);
+    const lines = before.filter((line) => presetOf(line)?.[0] !== name);
+    if (lines.length < before.length && !(await this.#confirm("Save preset", `Replace “${name}”?`))) return;
+    const end = lines.length && !/[\r\n]$/.test(lines.at(-1)) ? "\n" : "";
+    await this.#store(SAVED, `${lines.join("")}${end}${name}:${text}\n`);
+    await this.#reload();
+    if (!this.tables.presets.some((preset) => preset.name === name)) return this.#tell("error", `Saved, but it cannot be used yet. ${this.tables.presets_error}`);
     this.#tell("success", `Preset “${name}” saved.`);
   }
 
   async #delete(preset) {
-    const lines = await this.#lines(preset.file);
+    const lines = await linesOf(preset.file);
+    const found = presetOf(lines[preset.line - 1] ?? "");
+    if (found?.[0] !== preset.name || found[1] !== preset.text) {
+      await this.#reload();
+      throw new Error(`${preset.file} has changed since it was read; look again`);
+    }
     lines.splice(preset.line - 1, 1);
-    await api.storeUserData(`${FOLDER}/${preset.file}`, [...lines, ""].join("\n"), RAW);
+    await this.#store(preset.file, lines.join(""));
     await this.#reload();
   }
 
   async #import(file) {
     if (!file) return;
-    const name = `${file.name.replace(/\.txt$/i, "").replace(/[^\w.-]+/g, "_")}.txt`;
     this.close();
-    if (name === SAVED) return this.#tell("error", `${SAVED} is where the panel saves: give the file another name.`);
-    await api.storeUserData(`${FOLDER}/${name}`, await file.text(), RAW);
+    const name = `${file.name.replace(/\.txt$/i, "").replace(/[^\p{L}\p{N}_.-]+/gu, "_").replace(/^\.+/, "").slice(0, 100) || "imported"}.txt`;
+    if (name.toLowerCase() === SAVED) throw new Error(`${SAVED} is where the panel saves: give the file another name`);
+    if (file.size > LARGEST) throw new Error(`${file.name} has more than ${LARGEST} bytes: too many for a file of presets`);
+    const [before, content] = [await bytesOf(name), await file.arrayBuffer()];
+    if (before && !(await this.#confirm("Import presets", `Replace presets/${name}? What it holds now will be gone.`))) return;
+    await this.#store(name, content);
     await this.#reload();
     const error = this.tables.presets_error;
     if (error.includes(`presets/${name}`)) {
-      await api.deleteUserData(`${FOLDER}/${name}`);
+      await (before ? store(name, before) : remove(name));
+      this.isChanged = false;
       await this.#reload();
-      return this.#tell("error", `Not imported. ${error}`);
+      throw new Error(`${file.name} cannot be used: ${error}`);
     }
     const count = this.tables.presets.filter((preset) => preset.file === name).length;
     this.#tell("success", `${count} presets from ${file.name}.`);
   }
 
-  /** The lines of a file of the user's as they are, without the empty end; none where there is no file. */
-  async #lines(name) {
-    const answer = await api.getUserData(`${FOLDER}/${name}`);
-    if (answer.status === 404) return [];
-    return (await answer.text()).replace(/\r?\n$/, "").split(/\r?\n/);
+  #confirm(title, message) {
+    return app.extensionManager.dialog.confirm({ title, message, type: "overwrite" });
+  }
+
+  async #store(name, content) {
+    await store(name, content);
+    this.isChanged = true;
+  }
+
+  /** What goes wrong is said, and whether a file is another one now. */
+  async #try(action) {
+    this.isChanged = false;
+    try {
+      await action();
+    } catch (error) {
+      this.#tell("error", `${error.message}. ${this.isChanged ? "The file was changed before that." : "No file was changed."}`);
+    }
   }
 
   #tell(severity, detail) {
@@ -145,7 +171,8 @@ function understood(text, layout) {
   try {
     return read(text, layout);
   } catch (error) {
-    if (!(error instanceof Unshown)) throw error;
+    // one that the panel stumbles over must not cost the menu
+    if (!(error instanceof Unshown)) console.warn("TriLoRA: a preset is left to the node", text, error);
     return fits(text, layout) ? undefined : null;
   }
 }

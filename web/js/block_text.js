@@ -93,8 +93,8 @@ export class Weights {
  * @throws Unshown where it is in a notation, or names something, that has to be read in Python.
  */
 export function read(text, layout, dialect = "auto", presets = {}) {
-  const preset = presets[text.trim()];
-  if (preset !== undefined) return read(preset, layout, vector(preset) ? dialect : "auto");
+  const preset = Object.hasOwn(presets, text.trim()) && presets[text.trim()];
+  if (preset !== false) return read(preset, layout, vector(preset) ? dialect : "auto");
   const [, tag, tagged] = /^(lbw|LBW)=([^;]*);?$/.exec(text.trim()) ?? [];
   if (tag && ["auto", TAGS[tag]].includes(dialect)) return read(tagged, layout, TAGS[tag], presets);
   const numbers = vector(text.trim());
