@@ -80,7 +80,7 @@ class Comfy {
     }])));
   }
 
-  /** Shows all nodes, or one, and takes a picture. */
+  /** Shows all nodes, or one, and takes a picture where it has a path. */
   async picture(path, id) {
     await this.page.evaluate(async (wanted) => {
       const { canvas, graph } = window.app;
@@ -91,7 +91,7 @@ class Comfy {
       canvas.draw(true, true);
     }, id);
     await this.page.waitForTimeout(900);
-    await this.page.screenshot({ path });
+    if (path) await this.page.screenshot({ path });
   }
 }
 

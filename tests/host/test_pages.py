@@ -101,3 +101,36 @@ def test_texts_of_files_are_shown_as_texts(host, base):
     assert answer["evil"]["hacked"] is None and "evil error" not in answer
     shown = [text.replace("\u2060", "").split("\n") for text, _ in answer["evil"]["texts"]]
     assert any(f"trigger: {EVIL} a<b &lt; ∗c∗ [d](e)" in lines and "next" in lines for lines in shown), shown
+
+
+def test_a_saved_file_is_listed_without_pressing_r(host, base):
+    """Once for each run that saved something; a run whose nodes are all cached saves nothing."""
+    adapter(base / "models" / "loras" / "old.safetensors")
+    workflow = {
+        "1": node("TriLoRALoadAdapter", lora_name="old.safetensors"),
+        "2": node("TriLoRASaveAdapter", adapter=["1", 0], name="new", dtype="fp16"),
+        "3": node("TriLoRASaveAdapter", adapter=["1", 0], name="more", dtype="fp16"),
+        "4": node("PreviewAny", source=["1", 1]),
+    }
+    reading = {key: workflow[key] for key in "14"}
+    with StartedHost(host.path, base, pack=ROOT) as started:
+        first, cached, without = ask("refresh_lists.mjs", url=started.url, workflows=[("a", workflow), ("b", workflow), ("c", reading)])
+    assert {"old.safetensors", "new_00001_.safetensors", "more_00001_.safetensors"} <= set(first["listed"])
+    assert [run["refreshed"] for run in (first, cached, without)] == [1, 1, 1]
+
+
+def test_the_menu_of_presets_loses_nothing(host, base):
+    mine = f"# mine\rA:IN00=0\rB:default=0.5\r{EVIL}:default=0.25\rconstructor:default=0\rC:constructor\r"
+    steps = [
+        ["store", "mine.txt", mine], ["delete", "B"], ["import", "mine.txt", "Z:default=1\n", False], ["import", "mine.txt", "no preset\n", True],
+        ["import", "mine.txt", "Z:default=1\n", True], ["store", "saved.txt", "  Own : default=0.5\nOther:default=1\n"], ["save", "Own", True], ["open"],
+    ]  # fmt: skip
+    with StartedHost(host.path, base, pack=ROOT) as started:
+        answer = ask("preset_panel.mjs", url=started.url, steps=steps, picture=os.environ.get("TRILORA_PICTURES"))
+    kept = mine.replace("B:default=0.5\r", "")
+    files = [step["files"] for step in answer["steps"]]
+    assert [one.get("mine.txt") for one in files[:5]] == [mine, kept, kept, kept, "Z:default=1\n"]
+    assert files[6]["saved.txt"] == "Other:default=1\nOwn:default=1, IN=0\n"
+    assert EVIL in answer["steps"][1]["menu"] and "constructor" in answer["steps"][1]["menu"] and {"Own", "Other", "Z"} <= set(answer["steps"][7]["menu"])
+    assert any("cannot be used" in said for said in answer["steps"][3]["said"])
+    assert {step["hacked"] for step in answer["steps"]} == {None}
