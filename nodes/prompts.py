@@ -47,9 +47,9 @@ def check_embeddings(clip, prompts: Iterable[tuple[str, str]]) -> None:
                 parts[embedding] = _parts(clip, embedding) if embedding else ([], [])
             used, unused = parts[embedding]
             if before or not used:
-                lost.append(f"{name}: {before}embedding:{shown(embedding)}")
+                lost.append(f"{name}: {before}embedding:{shown(embedding.rstrip(','))}")
             elif unused:
-                partly.add(f"embedding:{shown(embedding)} (not in {', '.join(unused)})")
+                partly.add(f"embedding:{shown(embedding.rstrip(','))} (not in {', '.join(unused)})")
     if lost:
         raise TriLoRAError(
             f"captions name {len(lost)} embeddings that cannot be used ({few(lost)}); each needs a space before it and a "

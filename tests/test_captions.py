@@ -49,6 +49,7 @@ def test_utf_16_without_a_mark_is_read_where_it_is_certain(tmp_path, encoding, t
         (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "not UTF-8 text"),
         (b"PK\x03\x04", "control characters"),
         ("caf\ufffd".encode(), "has lost"),
+        ("\ufffea cat".encode(), "has lost"),
         ("it\x92s".encode(), "control characters"),
         (rb"{\rtf1\ansi a cat}", "an RTF document"),
         (b"<!DOCTYPE html><html>", "an HTML page"),

@@ -20,6 +20,7 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
+_LOST = frozenset("\ufffd\ufffe\uffff")  # what a converter puts in place of a character; what byte-swapped text holds
 _DOCUMENTS = {r"{\rtf": "an RTF document", "<!doctype": "an HTML page", "<html": "an HTML page",
               "version https://git-lfs": "a Git LFS pointer"}
 
@@ -63,7 +64,7 @@ def decoded(raw: bytes) -> str:
     kind = next((kind for mark, kind in _DOCUMENTS.items() if start.startswith(mark)), "")
     if kind:
         raise TriLoRAError(f"{kind}, not plain text")
-    if "\ufffd" in text:
+    if not _LOST.isdisjoint(text):
         raise TriLoRAError("holds the mark of characters that an earlier conversion has lost")
     if any(unicodedata.category(c) == "Cc" and not c.isspace() for c in set(text)):
         raise TriLoRAError("holds control characters, so it is not plain text or was converted wrongly")
