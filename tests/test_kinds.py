@@ -106,7 +106,7 @@ def test_peft(kind, layer):
     config, options = peft_cases()[kind]
     model = peft.get_peft_model(net, getattr(peft, config)(**{"r": 4, "target_modules": ["0"], **options}))
     with torch.no_grad():
-        for number, (name, parameter) in enumerate(model.named_parameters()):
+        for number, (_, parameter) in enumerate(model.named_parameters()):
             if parameter.requires_grad:
                 parameter += 0.2 * draw(*parameter.shape, seed=number)
     tensors = {key.replace("base_model.model.0", "x"): value.clone() for key, value in peft.get_peft_model_state_dict(model).items()}
