@@ -12,6 +12,7 @@ from ..trilora_ops.checkpoint import AdapterState
 from ..trilora_ops.errors import TriLoRAError
 from ..trilora_ops.files.layer import Layer
 from ..trilora_ops.files.low_rank import MID, LowRankLayer
+from ..trilora_ops.files.numbers import ALPHA
 from ..trilora_ops.files.transform import TransformLayer
 from ..trilora_ops.files.whole import BiasLayer, DifferenceLayer
 from .comfy_layers import LayerPatch
@@ -108,7 +109,7 @@ def _patch(layer: Layer, keep: int):
     if keep and _can_cut(layer):
         layer = layer.cut(keep)
     if isinstance(layer, LowRankLayer) and layer.is_plain:
-        return LowRankPatch({layer.name + ending for ending in layer.written()},
+        return LowRankPatch({layer.name + ending for ending in (*layer.tensors, ALPHA)},
                             (layer.tensors[layer.up_end], layer.tensors[layer.down_end], layer.alpha, None, None, None))
     if isinstance(layer, TransformLayer):
         return TransformPatch({layer.name + ending for ending in layer.tensors}, tuple(tuple(part.items()) for part in layer.parts()))

@@ -52,6 +52,7 @@ UNSUPPORTED = {
 _CHANGES_THE_REST = {".lora_E": "AdaLoRA", ".lora_ranknum": "AdaLoRA", ".bm.weight": "GLoRA with a Tucker core", ".lokr_t1": "LoKr with two Tucker cores"}
 UNSUPPORTED |= _CHANGES_THE_REST
 _ENDINGS = sorted({*KINDS, *BiasLayer.ENDINGS, *COMPANIONS, *_PEFT_MAGNITUDES, *UNSUPPORTED}, key=len, reverse=True)
+_KNOWN = frozenset(_ENDINGS) | {".weight"}
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Found:
 
 def is_ending(text: str) -> bool:
     """Whether a file's key that ends so holds a tensor of a known kind, and what is before it is the layer's name."""
-    return text in _ENDINGS or text == ".weight" or part_of("x" + text) == ("x", *text[1:].split(".", 1)) if text.startswith((".", "_")) else False
+    return text in _KNOWN or (text.startswith((".transform.", ".residual.")) and text.count(".") == 2)
 
 
 def split_key(key: str) -> tuple[str, str] | None:
