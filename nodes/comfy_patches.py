@@ -29,7 +29,8 @@ _HOSTS = {"lora", "loha", "lokr", "glora", "oft", "boft"}
 
 @dataclass(frozen=True)
 class Places:
-    """Where a file's layers can go: every name a file may give a layer -> the host's target key, and the weights' shapes."""
+    """Where a file's layers can go: every name a file may give a layer -> the host's target key, and the weights'
+    shapes."""
 
     names: dict
     shapes: dict[str, torch.Size]
@@ -51,9 +52,10 @@ class Places:
         """Every layer of a file as a patch by the host's target: plain low-rank ones as `LowRankPatch`, transforms as
         `TransformPatch`, differences as the host's own, every other kind as `LayerPatch`.
 
-        Each is linear in the strength that add_patches is given. name: the file's, for messages; keep: directions kept of
-        low-rank layers, 0 = all. What has no place in the model, or is of a kind that is not supported, is said in a notice.
-        Raises TriLoRAError if nothing has one, or a layer is not whole, not finite or not of its weight's size.
+        Each is linear in the strength that add_patches is given. name: the file's, for messages; keep: directions
+        kept of low-rank layers, 0 = all. What has no place in the model, or is of a kind that is not supported, is
+        said in a notice. Raises TriLoRAError if nothing has one, or a layer is not whole, not finite or not of its
+        weight's size.
         """
         placed = place(state, self.names)
         found = read_layers(name, placed, self.names, self.shapes)
@@ -69,16 +71,24 @@ class Places:
     def _nothing(self, name: str, placed: Placed, found) -> str:
         if found.unsupported:
             key, method = next(iter(found.unsupported.items()))
-            return f"{name}: holds {method} ({key}), which is not supported; merge it into a model with the program that wrote it; nothing was applied"
-        return (f"{name}: none of its {len(placed.tensors)} keys fits this model (for example {next(iter(placed.tensors), 'none')}); "
-                "it was made for another model family" + ("" if self.has_clip else ", or for a text encoder: connect CLIP"))
+            return (
+                f"{name}: holds {method} ({key}), which is not supported; merge it into a model with the program that "
+                "wrote it; nothing was applied"
+            )
+        return (
+            f"{name}: none of its {len(placed.tensors)} keys fits this model (for example "
+            f"{next(iter(placed.tensors), 'none')}); "
+            "it was made for another model family" + ("" if self.has_clip else ", or for a text encoder: connect CLIP")
+        )
 
     def _say_what_is_left(self, name: str, state, placed: Placed, found, others) -> None:
         methods: dict[str, list[str]] = {}
         for key, method in found.unsupported.items():
             methods.setdefault(method, []).append(key)
         for method, keys in methods.items():
-            notice(f"{name}: {len(keys)} tensors are of {method}, which is not supported, and were left out ({keys[0]})")
+            notice(
+                f"{name}: {len(keys)} tensors are of {method}, which is not supported, and were left out ({keys[0]})"
+            )
         used = set().union(*(getattr(patch, "loaded_keys", ()) for patch in others.values()))
         left = [key for key in (*placed.nowhere, *found.left) if key not in found.unsupported and key not in used]
         if left:
@@ -109,25 +119,36 @@ def _patch(layer: Layer, keep: int):
     if keep and _can_cut(layer):
         layer = layer.cut(keep)
     if isinstance(layer, LowRankLayer) and layer.is_plain:
-        return LowRankPatch({layer.name + ending for ending in (*layer.tensors, ALPHA)},
-                            (layer.tensors[layer.up_end], layer.tensors[layer.down_end], layer.alpha, None, None, None))
+        return LowRankPatch(
+            {layer.name + ending for ending in (*layer.tensors, ALPHA)},
+            (layer.tensors[layer.up_end], layer.tensors[layer.down_end], layer.alpha, None, None, None),
+        )
     if isinstance(layer, TransformLayer):
-        return TransformPatch({layer.name + ending for ending in layer.tensors}, tuple(tuple(part.items()) for part in layer.parts()))
+        return TransformPatch(
+            {layer.name + ending for ending in layer.tensors}, tuple(tuple(part.items()) for part in layer.parts())
+        )
     if isinstance(layer, (DifferenceLayer, BiasLayer)):
         return ("diff", (layer.tensor,))
     return LayerPatch.of(layer)
 
 
 def _of_other_extensions(placed: Placed, found: FileLayers, names) -> dict:
-    """Target -> patch of a kind that another extension has added to the host's list, from tensors that the table does not know."""
-    kinds = [kind for kind in comfy.weight_adapter.adapters if kind.name not in _HOSTS and not kind.name.startswith("trilora_")]
+    """Target -> patch of a kind that another extension has added to the host's list, from tensors that the table does
+    not know."""
+    kinds = [
+        kind
+        for kind in comfy.weight_adapter.adapters
+        if kind.name not in _HOSTS and not kind.name.startswith("trilora_")
+    ]
     patches = {}
     for head, tensors in placed.layers.items() if kinds else ():
         alpha = tensors.get(".alpha")
         if names[head] in found.layers or not found.left or (alpha is not None and alpha.numel() != 1):
             continue
         for kind in kinds:
-            patch = kind.load(head, placed.tensors, None if alpha is None else alpha.item(), tensors.get(".dora_scale"), set())
+            patch = kind.load(
+                head, placed.tensors, None if alpha is None else alpha.item(), tensors.get(".dora_scale"), set()
+            )
             if patch is not None:
                 patches[names[head]] = patch
     return patches

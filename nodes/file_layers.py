@@ -1,4 +1,5 @@
-"""A file's layers against a model: where each goes, read by the table of kinds and checked, before anything is applied."""
+"""A file's layers against a model: where each goes, read by the table of kinds and checked, before anything is
+applied."""
 
 from __future__ import annotations
 
@@ -34,8 +35,9 @@ class Placed:
 class FileLayers:
     """What a file holds for a model.
 
-    layers: the host's target (a key, or a tuple of key, slice and function) -> the layer for it; left: keys that no layer
-    took, although they have a place; unsupported: of those the ones of methods that are known and not computed; absent: targets that the model has not.
+    layers: the host's target (a key, or a tuple of key, slice and function) -> the layer for it; left: keys that no
+    layer took, although they have a place; unsupported: of those the ones of methods that are known and not computed;
+    absent: targets that the model has not.
     """
 
     layers: dict
@@ -45,8 +47,8 @@ class FileLayers:
 
 
 def place(state: Mapping[str, Tensor], names: Mapping) -> Placed:
-    """Every tensor of a file under the name in `names` that its key begins with: where several do, the one that leaves an ending
-    the table of kinds knows, else the longest."""
+    """Every tensor of a file under the name in `names` that its key begins with: where several do, the one that
+    leaves an ending the table of kinds knows, else the longest."""
     tensors = comfy.lora_convert.convert_lora(dict(state))
     layers: dict[str, dict[str, Tensor]] = {}
     nowhere = []
@@ -55,16 +57,16 @@ def place(state: Mapping[str, Tensor], names: Mapping) -> Placed:
         if not heads:
             nowhere.append(key)
             continue
-        head = next((head for head in heads if is_ending(key[len(head):])), heads[0])
-        layers.setdefault(head, {})[key[len(head):]] = tensor
+        head = next((head for head in heads if is_ending(key[len(head) :])), heads[0])
+        layers.setdefault(head, {})[key[len(head) :]] = tensor
     return Placed(layers, tuple(nowhere), tensors)
 
 
 def read_layers(name: str, placed: Placed, names: Mapping, shapes: Mapping[str, torch.Size]) -> FileLayers:
     """The layers of a file, each whole, finite and of its weight's size.
 
-    name: the file's; names: a layer's name -> the host's target; shapes: of the model's weights by key. Raises TriLoRAError,
-    naming the file and the key, for every other layer, and where two are for one place.
+    name: the file's; names: a layer's name -> the host's target; shapes: of the model's weights by key. Raises
+    TriLoRAError, naming the file and the key, for every other layer, and where two are for one place.
     """
     layers, by_target, left, unsupported = {}, {}, [], {}
     for head, tensors in placed.layers.items():
@@ -81,8 +83,11 @@ def read_layers(name: str, placed: Placed, names: Mapping, shapes: Mapping[str, 
                 continue
             before = by_target.setdefault(target, layer)
             if before is not layer:
-                raise TriLoRAError(f"{name}: {_key(before)} and {_key(layer)} are two layers for one place of the model, of which only one could be applied; "
-                                   "keep one of them, or merge them; nothing was applied")
+                raise TriLoRAError(
+                    f"{name}: {_key(before)} and {_key(layer)} are two layers for one place of the model, of which "
+                    "only one could be applied; "
+                    "keep one of them, or merge them; nothing was applied"
+                )
             layers[target] = layer
     absent = tuple(target for target in layers if target is None or split_target(target)[0] not in shapes)
     for target in absent:
@@ -100,9 +105,14 @@ def _check(name: str, target, layer: Layer, shapes: Mapping[str, torch.Size]) ->
     try:
         layer.check(expected)
         if offset is not None and layer.new_shape() is not None:
-            raise TriLoRAError("gives a new shape to a part of a fused weight, which cannot be done; leave this file out")
+            raise TriLoRAError(
+                "gives a new shape to a part of a fused weight, which cannot be done; leave this file out"
+            )
         if layer.needs_the_weight and not is_identity(function) and not _undoes_itself(function, expected[0]):
-            raise TriLoRAError(f"is of kind {layer.kind}, which depends on the weight, and this model lays that weight out otherwise; leave this file out")
+            raise TriLoRAError(
+                f"is of kind {layer.kind}, which depends on the weight, and this model lays that weight out "
+                "otherwise; leave this file out"
+            )
     except TriLoRAError as error:
         raise TriLoRAError(f"{name}: its layer for {key} {error}; nothing was applied") from None
 
@@ -113,7 +123,8 @@ def _undoes_itself(function, rows: int) -> bool:
 
 
 def _bias_of(target):
-    """The bias beside a weight: its key, or for a slice of the outputs a tuple of it and the same slice; None where there is none."""
+    """The bias beside a weight: its key, or for a slice of the outputs a tuple of it and the same slice; None where
+    there is none."""
     key, offset, function = split_target(target)
     if not key.endswith(".weight") or (offset is not None and offset[0] != 0):
         return None

@@ -1,4 +1,5 @@
-"""Every way that a file takes through the pack's nodes: each refuses it in one sentence, or computes finite numbers of the right shape.
+"""Every way that a file takes through the pack's nodes: each refuses it in one sentence, or computes finite numbers
+of the right shape.
 
 Import it only where the host is already imported.
 """
@@ -28,10 +29,13 @@ class Errors(logging.Handler):
         self.said.append(record.getMessage())
 
 
-def check(host_nodes, patcher, error: type[Exception], tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, str]:
+def check(
+    host_nodes, patcher, error: type[Exception], tensors: Mapping[str, torch.Tensor], path: Path
+) -> dict[str, str]:
     """Way -> "ok" or the message with which the file was refused. Raises AssertionError for anything else.
 
-    patcher: a MODEL, which is left alone; error: the pack's TriLoRAError; path: of a file in a lora folder, which is written and removed.
+    patcher: a MODEL, which is left alone; error: the pack's TriLoRAError; path: of a file in a lora folder, which is
+    written and removed.
     """
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
 
@@ -69,7 +73,8 @@ def finite(tensors: Mapping[str, torch.Tensor]) -> None:
 
 @torch.inference_mode()
 def patched(model, patcher) -> None:
-    """Assert that the host computes every patched weight of a MODEL: finite, of its shape or the one it is given, without an error in the log."""
+    """Assert that the host computes every patched weight of a MODEL: finite, of its shape or the one it is given,
+    without an error in the log."""
     errors = Errors()
     logging.getLogger().addHandler(errors)
     try:
@@ -78,7 +83,9 @@ def patched(model, patcher) -> None:
             for dtype in (torch.float32, torch.bfloat16):
                 found = comfy.lora.calculate_weight(patches, weight.to(dtype, copy=True), key)
                 assert torch.isfinite(found).all(), f"{key} in {dtype} is not finite"
-                assert len(found.shape) == len(weight.shape) and all(new >= old for new, old in zip(found.shape, weight.shape, strict=True)), key
+                assert len(found.shape) == len(weight.shape) and all(
+                    new >= old for new, old in zip(found.shape, weight.shape, strict=True)
+                ), key
     finally:
         logging.getLogger().removeHandler(errors)
     assert errors.said == [], errors.said

@@ -9,7 +9,7 @@ Every reader, check, tool and message asks it. Adding a kind is a class of `laye
 | widening LoRA | a pair and `.reshape_weight` | W padded with zeros, + A | yes |
 | LoHa, LoKr | `.hada_*`, `.lokr_*` | see `products` | yes |
 | GLoRA | `.a1.weight`, `.a2.weight`, `.b1.weight`, `.b2.weight` | W a1 a2 + b1 b2, scaled | yes |
-| DoRA | one of those but GLoRA and widening, and `.dora_scale` or PEFT's `.lora_magnitude_vector` | m (W + A) / ||W + A|| - W | no |
+| DoRA | one of the above but GLoRA, and `.dora_scale` or `.lora_magnitude_vector` | m (W + A) / ||W + A|| - W | no |
 | OFT, BOFT | `.oft_blocks` of 3 or 4 axes, `.rescale`, `.alpha` as the largest norm | see `rotations` | no |
 | IA3 | `.weight` and `.on_input` | W w | yes |
 | full difference, bias | `.diff` or `.w_norm`; `.diff_b` or `.b_norm` | the tensor | yes |
@@ -36,7 +36,8 @@ from .whole import BiasLayer, DifferenceLayer, ReplacedLayer
 # ending of a tensor that makes a layer's weight, by itself or with others -> its kind
 KINDS: dict[str, type[Layer]] = {
     **{ending: LowRankLayer for pair in PAIRS for ending in pair}, MID: LowRankLayer,
-    **{ending: kind for kind in (LoHaLayer, LoKrLayer, GLoRALayer, DifferenceLayer, ReplacedLayer) for ending in kind.ENDINGS},
+    **{ending: kind for kind in (LoHaLayer, LoKrLayer, GLoRALayer) for ending in kind.ENDINGS},
+    **{ending: kind for kind in (DifferenceLayer, ReplacedLayer) for ending in kind.ENDINGS},
     ".oft_blocks": OFTLayer, ".on_input": IA3Layer,
 }  # fmt: skip
 # what PEFT calls the magnitudes of the outputs, (out,) or (1, out, 1, 1)
@@ -46,10 +47,16 @@ UNSUPPORTED = {
     **dict.fromkeys((".oft_R", ".oft_R.weight", ".oft_R.default.weight", ".oft_r"), "PEFT's OFT"),
     **dict.fromkeys((".boft_R", ".boft_s"), "PEFT's BOFT"), ".ia3_l": "PEFT's IA3",
     **dict.fromkeys((".vera_lambda_b", ".vera_lambda_d"), "VeRA"), ".hra_u": "HRA", ".c3a_kernel": "C3A",
-    ".fourierft_spectrum": "FourierFT", **dict.fromkeys((".lora_embedding_A", ".lora_embedding_B"), "a LoRA of an embedding"),
+    ".fourierft_spectrum": "FourierFT",
+    **dict.fromkeys((".lora_embedding_A", ".lora_embedding_B"), "a LoRA of an embedding"),
 }  # fmt: skip
 # the same where what stands beside it means something else because of it
-_CHANGES_THE_REST = {".lora_E": "AdaLoRA", ".lora_ranknum": "AdaLoRA", ".bm.weight": "GLoRA with a Tucker core", ".lokr_t1": "LoKr with two Tucker cores"}
+_CHANGES_THE_REST = {
+    ".lora_E": "AdaLoRA",
+    ".lora_ranknum": "AdaLoRA",
+    ".bm.weight": "GLoRA with a Tucker core",
+    ".lokr_t1": "LoKr with two Tucker cores",
+}
 UNSUPPORTED |= _CHANGES_THE_REST
 _ENDINGS = sorted({*KINDS, *BiasLayer.ENDINGS, *COMPANIONS, *_PEFT_MAGNITUDES, *UNSUPPORTED}, key=len, reverse=True)
 _KNOWN = frozenset(_ENDINGS) | {".weight"}
@@ -57,8 +64,8 @@ _KNOWN = frozenset(_ENDINGS) | {".weight"}
 
 @dataclass(frozen=True)
 class Found:
-    """What stands in a file under one name: a layer for the weight, one for the bias beside it, and the endings of tensors
-    that belong to neither."""
+    """What stands in a file under one name: a layer for the weight, one for the bias beside it, and the endings of
+    tensors that belong to neither."""
 
     weight: Layer | None
     bias: Layer | None
@@ -76,7 +83,8 @@ def is_ending(text: str) -> bool:
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """(layer's name, ending) of a file's key, None where it ends like no known kind's. IA3's `.weight` is the names' business."""
+    """(layer's name, ending) of a file's key, None where it ends like no known kind's. IA3's `.weight` is the names'
+    business."""
     ending = next((ending for ending in _ENDINGS if key.endswith(ending) and len(key) > len(ending)), None)
     if ending:
         return key.removesuffix(ending), ending
@@ -85,7 +93,8 @@ def split_key(key: str) -> tuple[str, str] | None:
 
 
 def by_layer(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """(layer's name -> its tensors by ending, tensors that end like no known kind's), names told by the endings alone."""
+    """(layer's name -> its tensors by ending, tensors that end like no known kind's), names told by the endings
+    alone."""
     layers: dict[str, dict[str, Tensor]] = {}
     others = {}
     for key, tensor in tensors.items():
@@ -110,9 +119,9 @@ def kind_of(endings: Iterable[str]) -> type[Layer] | None:
 def read_layer(name: str, tensors: Mapping[str, Tensor]) -> Found:
     """What the tensors under one name make, by their endings.
 
-    Only what is whole is read. Raises TriLoRAError, naming a key, for half a layer, two layers in one, tensors that do not
-    fit each other, numbers that are no floating-point ones, and an alpha that is not one number. Whether the layer fits a
-    weight is `Layer.check`'s business, whether its numbers stay finite `Layer.check_finite`'s.
+    Only what is whole is read. Raises TriLoRAError, naming a key, for half a layer, two layers in one, tensors that
+    do not fit each other, numbers that are no floating-point ones, and an alpha that is not one number. Whether the
+    layer fits a weight is `Layer.check`'s business, whether its numbers stay finite `Layer.check_finite`'s.
     """
     left = {_today(ending): _rows(ending, tensor) for ending, tensor in tensors.items()}
     if len(left) < len(tensors):
@@ -121,13 +130,18 @@ def read_layer(name: str, tensors: Mapping[str, Tensor]) -> Found:
     marks = {kind: ending for ending in reversed(left) if (kind := _kind(ending))}
     if len(marks) > 1:
         one, other = list(marks.values())[-2:]
-        raise TriLoRAError(f"{name}{other} and {name}{one} are two layers for one place of the model, so it is in the file twice; keep one of them, "
-                           "or merge them")
+        raise TriLoRAError(
+            f"{name}{other} and {name}{one} are two layers for one place of the model, so it is in the file twice; "
+            "keep one of them, "
+            "or merge them"
+        )
     taken = set(BiasLayer.ENDINGS) & left.keys() if bias else set()
     weight = None
     if marks:
         (kind,) = marks
-        own = {ending: tensor for ending, tensor in left.items() if ending in _own_endings(kind) or _kind(ending) is kind}
+        own = {
+            ending: tensor for ending, tensor in left.items() if ending in _own_endings(kind) or _kind(ending) is kind
+        }
         weight = _read(name, kind, own, left)
         taken |= {*own, ALPHA}
     return Found(weight, bias, tuple(ending for ending in tensors if _today(ending) not in taken))
@@ -136,12 +150,17 @@ def read_layer(name: str, tensors: Mapping[str, Tensor]) -> Found:
 def _read(name: str, kind: type[Layer], own: dict[str, Tensor], left: Mapping[str, Tensor]) -> Layer:
     strange = next((ending for ending in _CHANGES_THE_REST if ending in left), None)
     if strange:
-        raise TriLoRAError(f"{name}{strange} makes it {UNSUPPORTED[strange]}, which is not supported; merge it with the program that wrote it")
+        raise TriLoRAError(
+            f"{name}{strange} makes it {UNSUPPORTED[strange]}, which is not supported; merge it with the program that "
+            "wrote it"
+        )
     if MAGNITUDES in own:
         factor(name, own, MAGNITUDES)
     layer = kind.read(name, own, number(name + ALPHA, left[ALPHA]) if ALPHA in left else None)
     if MAGNITUDES in left and not kind.TAKES_MAGNITUDES:
-        raise TriLoRAError(f"{name}{MAGNITUDES} stands beside {layer.kind}, for which no program writes magnitudes; {BROKEN}")
+        raise TriLoRAError(
+            f"{name}{MAGNITUDES} stands beside {layer.kind}, for which no program writes magnitudes; {BROKEN}"
+        )
     return layer
 
 
@@ -157,7 +176,9 @@ def _kind(ending: str) -> type[Layer] | None:
 
 
 def _bias(name: str, tensors: Mapping[str, Tensor]) -> Layer | None:
-    found = [ending for ending in BiasLayer.ENDINGS if ending in tensors and (ending != ".b_norm" or ".w_norm" in tensors)]
+    found = [
+        ending for ending in BiasLayer.ENDINGS if ending in tensors and (ending != ".b_norm" or ".w_norm" in tensors)
+    ]
     if len(found) > 1:
         raise TriLoRAError(f"{name}{found[0]} and {name}{found[1]} are two layers for one place of the model; {BROKEN}")
     return BiasLayer.read(name, {found[0]: tensors[found[0]]}, None) if found else None

@@ -17,14 +17,17 @@ OTHER_MODEL = "it was made for another model"
 
 
 class Layer:
-    """One layer of a file, whole and computable: W_1 is the weight with it at strength 1, and W + s (W_1 - W) at strength s.
+    """One layer of a file, whole and computable: W_1 is the weight with it at strength 1, and W + s (W_1 - W) at
+    strength s.
 
     name: in the file; tensors: by their endings, alpha left out; alpha: None where the file has none.
     A kind gives `read`, `size`, `bound` and `added`; one that replaces the weight gives `changed` instead of `added`.
     """
 
     LABEL: ClassVar[str]  # what people call the kind
-    FACTORS: ClassVar[tuple[str, ...]] = ()  # endings of the factors to which the change is proportional, one for each term
+    FACTORS: ClassVar[
+        tuple[str, ...]
+    ] = ()  # endings of the factors to which the change is proportional, one for each term
     TAKES_MAGNITUDES: ClassVar[bool] = False  # whether DoRA's magnitudes may stand beside it
     READS_ALPHA: ClassVar[bool] = True
     # these a kind may tell layer by layer
@@ -69,7 +72,8 @@ class Layer:
             raise TriLoRAError(f"is {got}, expected {wanted}; {OTHER_MODEL}")
 
     def bound(self) -> float:
-        """At least max |entry| of the change (on a weight of rows of norm 1), and of what is computed on the way to it."""
+        """At least max |entry| of the change (on a weight of rows of norm 1), and of what is computed on the way to
+        it."""
         raise NotImplementedError
 
     def reach(self) -> float:
@@ -77,16 +81,22 @@ class Layer:
         return largest(self.added(torch.zeros(self.size)))
 
     def check_finite(self) -> None:
-        """Raise TriLoRAError where a tensor is not finite, or finite ones make a change that half precision cannot hold (LIMIT)."""
+        """Raise TriLoRAError where a tensor is not finite, or finite ones make a change that half precision cannot
+        hold (LIMIT)."""
         if self.bound() <= LIMIT:
             return
         for ending, tensor in self.tensors.items():
             if not torch.isfinite(tensor.float()).all():
-                raise TriLoRAError(f"{self.name}{ending}: holds NaN or infinite values; {BROKEN}; train or download it again")
+                raise TriLoRAError(
+                    f"{self.name}{ending}: holds NaN or infinite values; {BROKEN}; train or download it again"
+                )
         if not self.reach() <= LIMIT:
             many = len(self.tensors) > 1
             said = "its tensors multiply to numbers" if many else "holds numbers"
-            raise TriLoRAError(f"{self.name}{'' if many else next(iter(self.tensors))}: {said} beyond {LIMIT:g}, more than half precision can hold; {BROKEN}")
+            raise TriLoRAError(
+                f"{self.name}{'' if many else next(iter(self.tensors))}: {said} beyond {LIMIT:g}, more than half "
+                f"precision can hold; {BROKEN}"
+            )
 
     def added(self, weight: Tensor) -> Tensor:
         """What the factors alone add, of the weight's shape and dtype (fp32 or fp64)."""
@@ -103,8 +113,8 @@ class Layer:
         return self.changed(weight) - wide if self.replaces else self.added(wide)
 
     def scaled(self, ratio: float) -> dict[str, Tensor]:
-        """Tensors by ending of a layer with `ratio` times the change: its size goes into the alpha where one is read (so that
-        half precision loses nothing), its sign into the factors. Only for a layer that is not `fixed`."""
+        """Tensors by ending of a layer with `ratio` times the change: its size goes into the alpha where one is read
+        (so that half precision loses nothing), its sign into the factors. Only for a layer that is not `fixed`."""
         found = self.written()
         if ratio == 1:
             return found
@@ -130,8 +140,8 @@ class ScaledLayer(Layer):
 
         W_1 = m (W + A) / ||W + A||,
 
-    the norms being those of rows for m of (out, 1, ...) or (out,), and of columns over all of `out` and the kernel for m of
-    (1, in, 1, ...). PEFT, diffusers and LyCORIS merge it so; core divides by ||W|| for the rows.
+    the norms being those of rows for m of (out, 1, ...) or (out,), and of columns over all of `out` and the kernel
+    for m of (1, in, 1, ...). PEFT, diffusers and LyCORIS merge it so; core divides by ||W|| for the rows.
     """
 
     TAKES_MAGNITUDES = True
@@ -167,7 +177,11 @@ class ScaledLayer(Layer):
     @property
     def fixed(self) -> str:
         """Why no share of it can be written."""
-        return "its magnitudes renormalise the whole weight, so no factor is proportional to the change" if self.magnitudes is not None else ""
+        return (
+            "its magnitudes renormalise the whole weight, so no factor is proportional to the change"
+            if self.magnitudes is not None
+            else ""
+        )
 
     @property
     def needs_the_weight(self) -> bool:
@@ -184,12 +198,16 @@ class ScaledLayer(Layer):
         super().check(shape)
         if self.magnitudes is not None and _axis(self.magnitudes, shape) is None:
             rows, cols = (tuple([n if axis == kept else 1 for axis, n in enumerate(shape)]) for kept in (0, 1))
-            raise TriLoRAError(f"has a dora_scale of {tuple(self.magnitudes.shape)}, expected {rows} or {cols}; {BROKEN}")
+            raise TriLoRAError(
+                f"has a dora_scale of {tuple(self.magnitudes.shape)}, expected {rows} or {cols}; {BROKEN}"
+            )
 
     def bound(self) -> float:
         """See `Layer.bound`."""
         magnitudes = 0.0 if self.magnitudes is None else largest(self.magnitudes)
-        return max(whole_bound(self.product_bound(), abs(self.scale)), magnitudes, key=lambda value: (math.isnan(value), value))
+        return max(
+            whole_bound(self.product_bound(), abs(self.scale)), magnitudes, key=lambda value: (math.isnan(value), value)
+        )
 
     def reach(self) -> float:
         """See `Layer.reach`."""

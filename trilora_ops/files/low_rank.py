@@ -40,13 +40,15 @@ class FileLayer:
                 name + ALPHA: torch.tensor(float(self.pair.alpha))}  # fmt: skip
 
     def peft_tensors(self, name: str) -> dict[str, Tensor]:
-        """The same under PEFT's endings: lora_B (out, r[, 1, 1]), lora_A (r, in[, kh, kw]), the scale folded into both."""
+        """The same under PEFT's endings: lora_B (out, r[, 1, 1]), lora_A (r, in[, kh, kw]), the scale folded into
+        both."""
         folded = FileLayer(fold_scale(self.pair), self.kernel).tensors(name)
         return {name + PEFT_UP: folded[name + UP], name + PEFT_DOWN: folded[name + DOWN]}
 
 
 class LowRankLayer(ScaledLayer):
-    """A = alpha / r * up * down, or with a core alpha / r * core x up x down (LoCon's Tucker form), r the rows of `down`."""
+    """A = alpha / r * up * down, or with a core alpha / r * core x up x down (LoCon's Tucker form), r the rows of
+    `down`."""
 
     LABEL = "low rank"
     FACTORS = tuple(up for up, _ in PAIRS)
@@ -57,17 +59,31 @@ class LowRankLayer(ScaledLayer):
         spelled = [pair for pair in PAIRS if pair[0] in tensors or pair[1] in tensors] or [PAIRS[0]]
         if len(spelled) > 1:
             one, other = (next(ending for ending in pair if ending in tensors) for pair in spelled[:2])
-            raise TriLoRAError(f"{name}{one} and {name}{other} are two layers for one place of the model, so it is in the file twice; keep one of them, "
-                               "or merge them")
-        (up_end, down_end), = spelled
+            raise TriLoRAError(
+                f"{name}{one} and {name}{other} are two layers for one place of the model, so it is in the file "
+                "twice; keep one of them, or merge them"
+            )
+        ((up_end, down_end),) = spelled
         up, down = factor(name, tensors, up_end), factor(name, tensors, down_end)
-        if up.ndim < 2 or down.ndim < 2 or (MID not in tensors and matrix(name, tensors, up_end).shape[1] != down.shape[0]):
-            raise TriLoRAError(f"{name}{up_end} is {tuple(up.shape)} and {name}{down_end} is {tuple(down.shape)}: expected (out, r) and "
-                               f"(r, in) with the same r, and cannot be multiplied; {BROKEN}")
+        if (
+            up.ndim < 2
+            or down.ndim < 2
+            or (MID not in tensors and matrix(name, tensors, up_end).shape[1] != down.shape[0])
+        ):
+            raise TriLoRAError(
+                f"{name}{up_end} is {tuple(up.shape)} and {name}{down_end} is {tuple(down.shape)}: expected (out, r) "
+                f"and (r, in) with the same r, and cannot be multiplied; {BROKEN}"
+            )
         if MID in tensors:
-            core, ranks = factor(name, tensors, MID), (matrix(name, tensors, up_end).shape[1], matrix(name, tensors, down_end).shape[0])
+            core, ranks = (
+                factor(name, tensors, MID),
+                (matrix(name, tensors, up_end).shape[1], matrix(name, tensors, down_end).shape[0]),
+            )
             if core.ndim < 3 or tuple(core.shape[:2]) != ranks:
-                raise TriLoRAError(f"{name}{MID} is {tuple(core.shape)} between factors of {tuple(up.shape)} and {tuple(down.shape)}; {BROKEN}")
+                raise TriLoRAError(
+                    f"{name}{MID} is {tuple(core.shape)} between factors of {tuple(up.shape)} and "
+                    f"{tuple(down.shape)}; {BROKEN}"
+                )
         layer = cls(name, tensors, alpha)
         layer.up_end, layer.down_end = up_end, down_end
         layer.reshape = _new_shape(name, tensors)
@@ -121,9 +137,13 @@ class LowRankLayer(ScaledLayer):
         """See `Layer.check`."""
         if self.reshape is not None:
             if len(self.reshape) != len(shape) or any(new < old for new, old in zip(self.reshape, shape, strict=True)):
-                raise TriLoRAError(f"gives it the shape {self.reshape}, smaller than {tuple(shape)} or of other axes; {OTHER_MODEL}")
+                raise TriLoRAError(
+                    f"gives it the shape {self.reshape}, smaller than {tuple(shape)} or of other axes; {OTHER_MODEL}"
+                )
             if math.prod(self.reshape) > _WIDEST * math.prod(shape):
-                raise TriLoRAError(f"gives it the shape {self.reshape}, more than {_WIDEST} times as large as {tuple(shape)}; {BROKEN}")
+                raise TriLoRAError(
+                    f"gives it the shape {self.reshape}, more than {_WIDEST} times as large as {tuple(shape)}; {BROKEN}"
+                )
         super().check(shape if self.reshape is None else self.reshape)
         check_kernel(self.kernel, shape)
 
@@ -148,13 +168,17 @@ class LowRankLayer(ScaledLayer):
         return wide
 
     def cut(self, rank: int) -> "LowRankLayer":
-        """The best approximation of the pair by `rank` directions (itself where it has no more); not for magnitudes and cores."""
+        """The best approximation of the pair by `rank` directions (itself where it has no more); not for magnitudes
+        and cores."""
         pair = self.pair()
         if rank >= pair.rank:
             return self
         pair = keep_rank(pair if is_canonical(pair) else canonicalise(pair), rank)
         up, down = self.tensors[self.up_end], self.tensors[self.down_end]
-        kept = {self.up_end: pair.up.reshape(up.shape[0], pair.rank, *up.shape[2:]), self.down_end: pair.down.reshape(pair.rank, *down.shape[1:])}
+        kept = {
+            self.up_end: pair.up.reshape(up.shape[0], pair.rank, *up.shape[2:]),
+            self.down_end: pair.down.reshape(pair.rank, *down.shape[1:]),
+        }
         return LowRankLayer.read(self.name, {**self.tensors, **kept}, pair.alpha)
 
 
@@ -173,8 +197,20 @@ def _new_shape(name: str, tensors) -> tuple[int, ...] | None:
     if RESHAPE not in tensors:
         return None
     shape = tensors[RESHAPE]
-    if shape.ndim != 1 or not 1 <= shape.numel() <= 5 or shape.is_floating_point() or shape.is_complex() or shape.dtype == torch.bool:
-        raise TriLoRAError(f"{name}{RESHAPE} is {tuple(shape.shape)} {shape.dtype}, expected the whole numbers of a weight's shape; {BROKEN}")
+    if (
+        shape.ndim != 1
+        or not 1 <= shape.numel() <= 5
+        or shape.is_floating_point()
+        or shape.is_complex()
+        or shape.dtype == torch.bool
+    ):
+        raise TriLoRAError(
+            f"{name}{RESHAPE} is {tuple(shape.shape)} {shape.dtype}, expected the whole numbers of a weight's shape; "
+            f"{BROKEN}"
+        )
     if MAGNITUDES in tensors:
-        raise TriLoRAError(f"{name}{MAGNITUDES} stands beside {name}{RESHAPE}: no weight gets both magnitudes and a new shape; {BROKEN}")
+        raise TriLoRAError(
+            f"{name}{MAGNITUDES} stands beside {name}{RESHAPE}: no weight gets both magnitudes and a new shape; "
+            f"{BROKEN}"
+        )
     return tuple(int(n) for n in shape)

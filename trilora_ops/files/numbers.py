@@ -26,12 +26,17 @@ def factor(name: str, tensors: Mapping[str, Tensor], ending: str) -> Tensor:
     key = name + ending
     if ending not in tensors:
         half = next((other for other in tensors if other not in COMPANIONS), "")
-        raise TriLoRAError(f"{key} is missing, the other half of {name}{half}; the file is incomplete; copy or download it again")
+        raise TriLoRAError(
+            f"{key} is missing, the other half of {name}{half}; the file is incomplete; copy or download it again"
+        )
     tensor = tensors[ending]
     if not tensor.is_floating_point():
         raise TriLoRAError(f"{key} is {tensor.dtype}, expected floating-point factors; the file is broken")
     if tensor.numel() == 0:
-        raise TriLoRAError(f"{key} is {tuple(tensor.shape)}: a layer of rank 0 or without size, whose factors cannot be multiplied; the file is broken")
+        raise TriLoRAError(
+            f"{key} is {tuple(tensor.shape)}: a layer of rank 0 or without size, whose factors cannot be multiplied; "
+            "the file is broken"
+        )
     return tensor
 
 
@@ -39,7 +44,9 @@ def matrix(name: str, tensors: Mapping[str, Tensor], ending: str) -> Tensor:
     """A factor as a matrix; it may have axes of length 1 behind its two. Raises TriLoRAError for another shape."""
     tensor = factor(name, tensors, ending)
     if tensor.ndim < 2 or any(n != 1 for n in tensor.shape[2:]):
-        raise TriLoRAError(f"{name}{ending} is {tuple(tensor.shape)}: no matrix, expected (rows, columns); the file is broken")
+        raise TriLoRAError(
+            f"{name}{ending} is {tuple(tensor.shape)}: no matrix, expected (rows, columns); the file is broken"
+        )
     return tensor.flatten(1)
 
 
@@ -47,15 +54,20 @@ def columns(name: str, tensors: Mapping[str, Tensor], ending: str) -> Tensor:
     """A factor as a matrix; its further axes are those of a convolution's kernel, and become columns."""
     tensor = factor(name, tensors, ending)
     if tensor.ndim < 2:
-        raise TriLoRAError(f"{name}{ending} is {tuple(tensor.shape)}: no matrix, expected (rows, columns); the file is broken")
+        raise TriLoRAError(
+            f"{name}{ending} is {tuple(tensor.shape)}: no matrix, expected (rows, columns); the file is broken"
+        )
     return tensor.flatten(1)
 
 
 def number(key: str, value: Tensor | float) -> float:
-    """A tensor of one real number. Raises TriLoRAError for several, complex ones, NaN and ones beyond LARGEST_NUMBER."""
+    """A tensor of one real number. Raises TriLoRAError for several, complex ones, NaN and ones beyond
+    LARGEST_NUMBER."""
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex():
-            raise TriLoRAError(f"{key} has shape {tuple(value.shape)} of {value.dtype}, expected one number; the file is broken")
+            raise TriLoRAError(
+                f"{key} has shape {tuple(value.shape)} of {value.dtype}, expected one number; the file is broken"
+            )
         value = value.item()
     if not math.isfinite(value) or abs(value) > LARGEST_NUMBER:
         raise TriLoRAError(f"{key} is {value:g}, expected a number of at most {LARGEST_NUMBER:g}; the file is broken")
@@ -71,7 +83,8 @@ def largest(tensor: Tensor) -> float:
 
 
 def product_bound(left: Tensor, right: Tensor) -> float:
-    """At least max |entry| of left @ right: by the largest entries, else (Cauchy, Schwarz) by the longest row and column."""
+    """At least max |entry| of left @ right: by the largest entries, else (Cauchy, Schwarz) by the longest row and
+    column."""
     bound = largest(left) * largest(right) * right.shape[0]
     if bound <= _SMALL or math.isnan(bound):
         return bound

@@ -24,7 +24,10 @@ class LoHaLayer(ScaledLayer):
     def read(cls, name, tensors, alpha) -> "LoHaLayer":
         """See `Layer.read`."""
         cores = [ending for ending in (".hada_t1", ".hada_t2") if ending in tensors]
-        sizes = [_half_size(name, tensors, f".hada_w{i}_a", f".hada_w{i}_b", f".hada_t{i}" if cores else None) for i in (1, 2)]
+        sizes = [
+            _half_size(name, tensors, f".hada_w{i}_a", f".hada_w{i}_b", f".hada_t{i}" if cores else None)
+            for i in (1, 2)
+        ]
         if sizes[0] != sizes[1]:
             raise TriLoRAError(f"{name}: its halves are {sizes[0]} and {sizes[1]}, which must be of one size; {BROKEN}")
         return cls(name, tensors, alpha)
@@ -37,7 +40,9 @@ class LoHaLayer(ScaledLayer):
     @property
     def size(self) -> tuple[int, int]:
         """See `Layer.size`."""
-        return _half_size(self.name, self.tensors, ".hada_w1_a", ".hada_w1_b", ".hada_t1" if ".hada_t1" in self.tensors else None)
+        return _half_size(
+            self.name, self.tensors, ".hada_w1_a", ".hada_w1_b", ".hada_t1" if ".hada_t1" in self.tensors else None
+        )
 
     def check(self, shape) -> None:
         """See `Layer.check`."""
@@ -48,7 +53,9 @@ class LoHaLayer(ScaledLayer):
 
     def product_bound(self) -> float:
         """See `ScaledLayer.product_bound`."""
-        return whole_bound(*(_half_bound(self.tensors, f".hada_w{i}_a", f".hada_w{i}_b", f".hada_t{i}") for i in (1, 2)))
+        return whole_bound(
+            *(_half_bound(self.tensors, f".hada_w{i}_a", f".hada_w{i}_b", f".hada_t{i}") for i in (1, 2))
+        )
 
     def product(self, weight: Tensor) -> Tensor:
         """See `ScaledLayer.product`."""
@@ -70,12 +77,21 @@ class LoKrLayer(ScaledLayer):
     @classmethod
     def read(cls, name, tensors, alpha) -> "LoKrLayer":
         """See `Layer.read`."""
-        for whole, parts in ((".lokr_w1", (".lokr_w1_a", ".lokr_w1_b")), (".lokr_w2", (".lokr_w2_a", ".lokr_w2_b", ".lokr_t2"))):
+        for whole, parts in (
+            (".lokr_w1", (".lokr_w1_a", ".lokr_w1_b")),
+            (".lokr_w2", (".lokr_w2_a", ".lokr_w2_b", ".lokr_t2")),
+        ):
             beside = next((part for part in parts if part in tensors), None)
             if whole in tensors and beside:
-                raise TriLoRAError(f"{name}{whole} and {name}{beside} are two spellings of one factor, so that it is in the file twice; {BROKEN}")
+                raise TriLoRAError(
+                    f"{name}{whole} and {name}{beside} are two spellings of one factor, so that it is in the file "
+                    f"twice; {BROKEN}"
+                )
             if whole not in tensors and beside is None:
-                raise TriLoRAError(f"{name}{whole} is missing, a factor of its Kronecker product; the file is incomplete; copy or download it again")
+                raise TriLoRAError(
+                    f"{name}{whole} is missing, a factor of its Kronecker product; the file is incomplete; copy or "
+                    "download it again"
+                )
         if ".lokr_w1" in tensors:
             matrix(name, tensors, ".lokr_w1")
         else:
@@ -102,7 +118,11 @@ class LoKrLayer(ScaledLayer):
         sizes = []
         for i, core in ((1, None), (2, ".lokr_t2" if ".lokr_t2" in self.tensors else None)):
             whole = self.tensors.get(f".lokr_w{i}")
-            sizes.append(whole.flatten(1).shape if whole is not None else _half_size(self.name, self.tensors, f".lokr_w{i}_a", f".lokr_w{i}_b", core))
+            sizes.append(
+                whole.flatten(1).shape
+                if whole is not None
+                else _half_size(self.name, self.tensors, f".lokr_w{i}_a", f".lokr_w{i}_b", core)
+            )
         return sizes[0][0] * sizes[1][0], sizes[0][1] * sizes[1][1]
 
     def check(self, shape) -> None:
@@ -113,25 +133,36 @@ class LoKrLayer(ScaledLayer):
                 check_kernel(self.tensors[ending].shape[2:], shape)
         kernel, w1 = math.prod(shape[2:]), self.tensors.get(".lokr_w1", self.tensors.get(".lokr_w1_b"))
         if shape[1:] and (self.size[1] // w1.shape[1]) % kernel:
-            raise TriLoRAError(f"has a first factor of {w1.shape[1]} columns, which do not divide {shape[1]} channels; {OTHER_MODEL}")
+            raise TriLoRAError(
+                f"has a first factor of {w1.shape[1]} columns, which do not divide {shape[1]} channels; {OTHER_MODEL}"
+            )
 
     def product_bound(self) -> float:
         """See `ScaledLayer.product_bound`."""
         bounds = []
         for i in (1, 2):
             whole = self.tensors.get(f".lokr_w{i}")
-            bounds.append(largest(whole) if whole is not None else _half_bound(self.tensors, f".lokr_w{i}_a", f".lokr_w{i}_b", f".lokr_t{i}"))
+            bounds.append(
+                largest(whole)
+                if whole is not None
+                else _half_bound(self.tensors, f".lokr_w{i}_a", f".lokr_w{i}_b", f".lokr_t{i}")
+            )
         return whole_bound(*bounds)
 
     def product(self, weight: Tensor) -> Tensor:
-        """See `ScaledLayer.product`. Columns are channels with their kernels, and w2 has all of the kernel: flat, it is one product."""
-        halves = [self.on(f".lokr_w{i}", weight).flatten(1) if f".lokr_w{i}" in self.tensors
-                  else _half(self, weight, f".lokr_w{i}_a", f".lokr_w{i}_b", f".lokr_t{i}") for i in (1, 2)]  # fmt: skip
+        """See `ScaledLayer.product`. Columns are channels with their kernels, and w2 has all of the kernel: flat, it
+        is one product."""
+        halves = []
+        for i in (1, 2):
+            whole = f".lokr_w{i}"
+            parts = (f"{whole}_a", f"{whole}_b", f".lokr_t{i}")
+            halves.append(self.on(whole, weight).flatten(1) if whole in self.tensors else _half(self, weight, *parts))
         return torch.kron(*(half.contiguous() for half in halves))
 
 
 class GLoRALayer(ScaledLayer):
-    """A = alpha / r * (W a1 a2 + b1 b2), a1 a2 mixing the inputs: a convolution's channels, or its columns (arXiv:2306.07967).
+    """A = alpha / r * (W a1 a2 + b1 b2), a1 a2 mixing the inputs: a convolution's channels, or its columns
+    (arXiv:2306.07967).
 
     LyCORIS once wrote both pairs the other way round, W a2 a1 + b2 b1.
     """
@@ -151,7 +182,9 @@ class GLoRALayer(ScaledLayer):
         ways = [way for way, pairs in (("", ((a1, a2), (b1, b2))), ("old", ((a2, a1), (b2, b1))))
                 if all(first.shape[1] == second.shape[0] for first, second in pairs)]  # fmt: skip
         if len(ways) == 2:  # the thin side is the rank: a1 and b1 are tall in today's layout
-            ways = ["old" if a1.shape[0] < a1.shape[1] or b1.shape[0] < b1.shape[1] and a1.shape[0] == a1.shape[1] else ""]
+            ways = [
+                "old" if a1.shape[0] < a1.shape[1] or b1.shape[0] < b1.shape[1] and a1.shape[0] == a1.shape[1] else ""
+            ]
         if not ways:
             shapes = " and ".join(f"{tuple(one.shape)} x {tuple(two.shape)}" for one, two in ((a1, a2), (b1, b2)))
             raise TriLoRAError(f"{name}: its pairs are {shapes}, which cannot be multiplied; {BROKEN}")
@@ -161,7 +194,9 @@ class GLoRALayer(ScaledLayer):
             layer.order = (".a2.weight", ".a1.weight", ".b2.weight", ".b1.weight")
         first, second = layer.tensors[layer.order[0]], layer.tensors[layer.order[1]]
         if first.shape[0] != second.flatten(1).shape[1]:
-            raise TriLoRAError(f"{name}: its first pair is {tuple(first.shape)} x {tuple(second.shape)}, which is not square; {BROKEN}")
+            raise TriLoRAError(
+                f"{name}: its first pair is {tuple(first.shape)} x {tuple(second.shape)}, which is not square; {BROKEN}"
+            )
         return layer
 
     @property
@@ -180,7 +215,10 @@ class GLoRALayer(ScaledLayer):
         mixed = self.tensors[self.order[0]].shape[0]
         channels = shape[1] if len(shape) > 1 else 1
         if mixed not in (channels, math.prod(shape[1:])):
-            raise TriLoRAError(f"has a first pair of {(mixed, mixed)} that mixes {channels} inputs, expected {(channels, channels)}; {BROKEN}")
+            raise TriLoRAError(
+                f"has a first pair of {(mixed, mixed)} that mixes {channels} inputs, expected {(channels, channels)}; "
+                f"{BROKEN}"
+            )
 
     def product_bound(self) -> float:
         """See `ScaledLayer.product_bound`; rows of W of norm 1 have a sum of at most the root of their length."""
@@ -190,7 +228,11 @@ class GLoRALayer(ScaledLayer):
     def reach(self) -> float:
         """See `Layer.reach`."""
         a1, a2, b1, b2 = (self.tensors[ending].flatten(1).float() for ending in self.order)
-        return max(largest(torch.linalg.vector_norm(a1 @ a2 * self.scale, dim=0)), largest(b1 @ b2 * self.scale), key=lambda v: (math.isnan(v), v))
+        return max(
+            largest(torch.linalg.vector_norm(a1 @ a2 * self.scale, dim=0)),
+            largest(b1 @ b2 * self.scale),
+            key=lambda v: (math.isnan(v), v),
+        )
 
     def product(self, weight: Tensor) -> Tensor:
         """See `ScaledLayer.product`."""
@@ -208,11 +250,17 @@ def _half_size(name: str, tensors, a: str, b: str, core: str | None) -> tuple[in
     if core is None:
         left, right = matrix(name, tensors, a), columns(name, tensors, b)
         if left.shape[1] != right.shape[0]:
-            raise TriLoRAError(f"{name}{a} is {tuple(left.shape)} and {name}{b} is {tuple(right.shape)}, which cannot be multiplied; {BROKEN}")
+            raise TriLoRAError(
+                f"{name}{a} is {tuple(left.shape)} and {name}{b} is {tuple(right.shape)}, which cannot be multiplied; "
+                f"{BROKEN}"
+            )
         return left.shape[0], right.shape[1]
     middle, left, right = factor(name, tensors, core), matrix(name, tensors, a), matrix(name, tensors, b)
     if middle.ndim < 3 or tuple(middle.shape[:2]) != (left.shape[0], right.shape[0]):
-        raise TriLoRAError(f"{name}{core} is {tuple(middle.shape)} between factors of {tuple(left.shape)} and {tuple(right.shape)}; {BROKEN}")
+        raise TriLoRAError(
+            f"{name}{core} is {tuple(middle.shape)} between factors of {tuple(left.shape)} and {tuple(right.shape)}; "
+            f"{BROKEN}"
+        )
     return left.shape[1], right.shape[1] * math.prod(middle.shape[2:])
 
 

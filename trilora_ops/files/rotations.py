@@ -1,4 +1,5 @@
-"""OFT and BOFT, as LyCORIS and kohya write them: rotations of the outputs by blocks; and IA3, a scale of inputs or outputs."""
+"""OFT and BOFT, as LyCORIS and kohya write them: rotations of the outputs by blocks; and IA3, a scale of inputs or
+outputs."""
 
 from __future__ import annotations
 
@@ -19,9 +20,10 @@ _ORTHOGONAL = 1e-3
 class OFTLayer(Layer):
     """W_1 = rescale R' W, R block-diagonal with blocks (I + Q)(I - Q)^-1, Q = B - B' (arXiv:2306.07280).
 
-    The alpha is not a scale: alpha * rows is the largest Frobenius norm that Q, of all blocks together, keeps; larger ones
-    are scaled down to it. 0 or none: no bound. Core takes the alpha itself for that norm, and leaves `rescale` out.
-    BOFT (arXiv:2311.06243) has m stages of blocks, each acting on the rows in another order; its blocks are not transposed.
+    The alpha is not a scale: alpha * rows is the largest Frobenius norm that Q, of all blocks together, keeps; larger
+    ones are scaled down to it. 0 or none: no bound. Core takes the alpha itself for that norm, and leaves `rescale`
+    out. BOFT (arXiv:2311.06243) has m stages of blocks, each acting on the rows in another order; its blocks are not
+    transposed.
     """
 
     LABEL = "OFT or BOFT"
@@ -40,7 +42,10 @@ class OFTLayer(Layer):
             raise TriLoRAError(f"{name}{RESCALE} is {tuple(tensors[RESCALE].shape)}, expected {rows} numbers; {BROKEN}")
         layer = cls(name, tensors, alpha)
         if blocks.ndim == 4 and any(rows % (2 * half) or not half for half in layer.halves()):
-            raise TriLoRAError(f"{name}{BLOCKS} is {tuple(blocks.shape)}: {len(blocks)} stages of blocks of {blocks.shape[-1]} cannot mix {rows} rows; {BROKEN}")
+            raise TriLoRAError(
+                f"{name}{BLOCKS} is {tuple(blocks.shape)}: {len(blocks)} stages of blocks of {blocks.shape[-1]} "
+                f"cannot mix {rows} rows; {BROKEN}"
+            )
         return layer
 
     @property
@@ -85,7 +90,10 @@ class OFTLayer(Layer):
         """See `Layer.added`."""
         R, flat = self.rotation(weight), weight.reshape(weight.shape[0], -1)
         if R.ndim == 3:
-            turned = torch.bmm((R - torch.eye(R.shape[-1], device=R.device, dtype=R.dtype)).transpose(1, 2), flat.view(*R.shape[:2], -1)).reshape(flat.shape)
+            turned = torch.bmm(
+                (R - torch.eye(R.shape[-1], device=R.device, dtype=R.dtype)).transpose(1, 2),
+                flat.view(*R.shape[:2], -1),
+            ).reshape(flat.shape)
         else:
             turned = self._stages(R, flat) - flat
         if RESCALE in self.tensors:
@@ -104,7 +112,8 @@ class OFTLayer(Layer):
 
 
 class IA3Layer(Layer):
-    """W_1 = W (1 + w), w for each input (`.on_input` other than 0) or each output, as LyCORIS writes it (arXiv:2205.05638)."""
+    """W_1 = W (1 + w), w for each input (`.on_input` other than 0) or each output, as LyCORIS writes it
+    (arXiv:2205.05638)."""
 
     LABEL = "IA3"
     needs_the_weight = True
@@ -117,9 +126,13 @@ class IA3Layer(Layer):
         """See `Layer.read`."""
         scale, on_input = factor(name, tensors, ".weight"), tensors[".on_input"]
         if on_input.numel() != 1 or on_input.is_complex():
-            raise TriLoRAError(f"{name}.on_input is {tuple(on_input.shape)} {on_input.dtype}, expected 0 or 1; {BROKEN}")
+            raise TriLoRAError(
+                f"{name}.on_input is {tuple(on_input.shape)} {on_input.dtype}, expected 0 or 1; {BROKEN}"
+            )
         if scale.numel() != max(scale.shape, default=1):
-            raise TriLoRAError(f"{name}.weight is {tuple(scale.shape)}, expected one number for each input or output; {BROKEN}")
+            raise TriLoRAError(
+                f"{name}.weight is {tuple(scale.shape)}, expected one number for each input or output; {BROKEN}"
+            )
         return cls(name, tensors, None)
 
     @property
@@ -131,7 +144,10 @@ class IA3Layer(Layer):
         """See `Layer.check`."""
         count = self.tensors[".weight"].numel()
         if len(shape) <= self.axis or count != shape[self.axis]:
-            raise TriLoRAError(f"is for {count} {'inputs' if self.axis else 'outputs'} of a weight that is {tuple(shape)}; {OTHER_MODEL}")
+            raise TriLoRAError(
+                f"is for {count} {'inputs' if self.axis else 'outputs'} of a weight that is {tuple(shape)}; "
+                f"{OTHER_MODEL}"
+            )
 
     def bound(self) -> float:
         """See `Layer.bound`."""
@@ -143,4 +159,6 @@ class IA3Layer(Layer):
 
     def added(self, weight: Tensor) -> Tensor:
         """See `Layer.added`."""
-        return weight * self.on(".weight", weight).reshape([-1 if axis == self.axis else 1 for axis in range(weight.ndim)])
+        return weight * self.on(".weight", weight).reshape(
+            [-1 if axis == self.axis else 1 for axis in range(weight.ndim)]
+        )

@@ -22,7 +22,8 @@ _ROWS = 512  # of T at a time
 
 
 def part_of(key: str) -> tuple[str, str, str] | None:
-    """(layer, "transform" or "residual", tensor) of a key that holds a part of a layer with a transform, None for any other.
+    """(layer, "transform" or "residual", tensor) of a key that holds a part of a layer with a transform, None for any
+    other.
 
     A layer's own path may have these words in it: what follows the last of them must be a single name.
     """
@@ -45,26 +46,37 @@ class TransformLayer(Layer):
         """See `Layer.read`. Raises TriLoRAError for a residual without a transform."""
         layer = cls(name, tensors, None)
         if not layer.parts()[0]:
-            raise TriLoRAError(f"{name}{next(iter(tensors))} is not part of a whole layer: the other half, its transform, is missing; "
-                               "copy or download the file again")
+            raise TriLoRAError(
+                f"{name}{next(iter(tensors))} is not part of a whole layer: the other half, its transform, is missing; "
+                "copy or download the file again"
+            )
         return layer
 
     def parts(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(transform's, residual's) tensors by their own names."""
-        return tuple({ending.removeprefix(f".{part}."): tensor for ending, tensor in self.tensors.items() if ending.startswith(f".{part}.")}
-                     for part in PARTS)
+        return tuple(
+            {
+                ending.removeprefix(f".{part}."): tensor
+                for ending, tensor in self.tensors.items()
+                if ending.startswith(f".{part}.")
+            }
+            for part in PARTS
+        )
 
     @property
     def fixed(self) -> str:
         """Why no share of it can be written: (1 - s) I + s T must be of T's kind."""
         transform, residual = self.parts()
         linear = (set(transform) == {"m"} or numbered_cores(transform) is not None) and (
-            not residual or set(residual) == {"up", "down", "scale"} or numbered_cores(residual) is not None)
+            not residual or set(residual) == {"up", "down", "scale"} or numbered_cores(residual) is not None
+        )
         return "" if linear else "a share of what an orthogonal transform changes is not an orthogonal transform"
 
     def adapter(self, shape: LayerShape) -> Adapter:
         """The adapter on a layer of this shape, fp32. Raises TriLoRAError where the tensors are another layer's."""
-        ready = [{key: tensor.to("cpu", torch.float32).clone() for key, tensor in part.items()} for part in self.parts()]
+        ready = [
+            {key: tensor.to("cpu", torch.float32).clone() for key, tensor in part.items()} for part in self.parts()
+        ]
         return read_adapter_tensors(shape, *ready).requires_grad_(False)
 
     def check(self, shape) -> None:
@@ -78,7 +90,9 @@ class TransformLayer(Layer):
         except TriLoRAError as error:
             raise TriLoRAError(f"cannot be read: {error}") from None
         if not self._bound() <= LIMIT and not _reach(adapter) <= LIMIT:
-            raise TriLoRAError(f"has tensors that multiply to numbers beyond {LIMIT:g}, more than a weight can hold; {BROKEN}")
+            raise TriLoRAError(
+                f"has tensors that multiply to numbers beyond {LIMIT:g}, more than a weight can hold; {BROKEN}"
+            )
 
     def check_finite(self) -> None:
         """Nothing: `check` does it."""
@@ -93,7 +107,8 @@ class TransformLayer(Layer):
         return whole_bound(*bounds)
 
     def scaled(self, ratio: float) -> dict[str, Tensor]:
-        """See `Layer.scaled`: W + s (W (T - I) + R) = W ((1 - s) I + s T) + s R. A diagonal stays one; a ring of rank R gets rank R + 1."""
+        """See `Layer.scaled`: W + s (W (T - I) + R) = W ((1 - s) I + s T) + s R. A diagonal stays one; a ring of rank
+        R gets rank R + 1."""
         if ratio == 1:
             return dict(self.tensors)
         transform, residual = self.parts()
@@ -131,7 +146,8 @@ def _named(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _with_identity(cores: Sequence[Tensor], s: float) -> list[Tensor]:
-    """Cores of (1 - s) I + s T, (J, J, R + 1, R + 1): rings add where their cores stand in diagonal blocks, and I is a ring of rank 1."""
+    """Cores of (1 - s) I + s T, (J, J, R + 1, R + 1): rings add where their cores stand in diagonal blocks, and I is
+    a ring of rank 1."""
     wide = []
     for d, core in enumerate(cores):
         size, _, R, _ = core.shape

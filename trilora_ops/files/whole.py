@@ -21,7 +21,10 @@ class WholeLayer(Layer):
         """See `Layer.read`."""
         layer, endings = cls(name, tensors, None), [ending for ending in cls.ENDINGS if ending in tensors]
         if len(endings) > 1:
-            raise TriLoRAError(f"{name}{endings[0]} and {name}{endings[1]} are two layers for one place of the model; the file is broken")
+            raise TriLoRAError(
+                f"{name}{endings[0]} and {name}{endings[1]} are two layers for one place of the model; the file is "
+                "broken"
+            )
         (layer.ending,) = endings
         factor(name, tensors, layer.ending)
         return layer
