@@ -10,7 +10,7 @@ import torch
 
 from ..trilora_ops.checkpoint import AdapterState
 from ..trilora_ops.errors import TriLoRAError
-from ..trilora_ops.files.layer import Layer
+from ..trilora_ops.files.layer import Layer, ScaledLayer
 from ..trilora_ops.files.low_rank import MID, LowRankLayer
 from ..trilora_ops.files.numbers import ALPHA
 from ..trilora_ops.files.transform import TransformLayer
@@ -65,6 +65,7 @@ class Places:
         if keep and (count := sum(not _can_cut(layer) for layer in found.layers.values()) + len(others)):
             notice(f"{name}: keep_rank left {count} layers alone that are not low-rank")
         self._say_what_is_left(name, state, placed, found, others)
+        self._say_what_does_nothing(name, found.layers)
         patches = {target: _patch(layer, keep) for target, layer in found.layers.items()}
         return patches | {target: linear(target, patch) for target, patch in others.items()}
 
@@ -80,6 +81,11 @@ class Places:
             f"{next(iter(placed.tensors), 'none')}); "
             "it was made for another model family" + ("" if self.has_clip else ", or for a text encoder: connect CLIP")
         )
+
+    def _say_what_does_nothing(self, name: str, layers) -> None:
+        still = [layer.name for layer in layers.values() if isinstance(layer, ScaledLayer) and layer.scale == 0]
+        if still:
+            notice(f"{name}: {len(still)} layers have an alpha of 0 and change nothing ({still[0]})")
 
     def _say_what_is_left(self, name: str, state, placed: Placed, found, others) -> None:
         methods: dict[str, list[str]] = {}

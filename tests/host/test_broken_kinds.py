@@ -72,6 +72,10 @@ CASES = {
     "magnitudes of 1e38": (PAIR | {f"{LINEAR}.dora_scale": torch.full((128, 1), 1e38)}, REFUSED),
     "magnitudes of 0": (PAIR | {f"{LINEAR}.dora_scale": torch.zeros(128, 1)}, FINE),
     "a difference of 1e38": ({f"{LINEAR}.diff": torch.full((128, 128), 1e38)}, REFUSED),
+    "small factors of a matrix of 4 TB": ({UP: torch.full((10**6, 1), 1e10), DOWN: torch.full((1, 10**6), 1e10)}, REFUSED),
+    "LoKr of a matrix of 4 TB": ({f"{LINEAR}.lokr_w1": torch.full((1000, 1000), 1e3), f"{LINEAR}.lokr_w2": torch.full((1000, 1000), 1e3)}, REFUSED),
+    "GLoRA of a matrix of 4 TB": ({f"{LINEAR}.{a}.weight": torch.full(shape, 1e6) for a, shape in
+                                   (("a1", (10**6, 1)), ("a2", (1, 10**6)), ("b1", (10**6, 1)), ("b2", (1, 10**6)))}, REFUSED),
     "complex factors": ({UP: torch.randn(128, 3, dtype=torch.complex64), DOWN: torch.randn(3, 128, dtype=torch.complex64)}, REFUSED),
     "complex NaN": ({UP: torch.full((128, 3), complex("nan")), DOWN: torch.randn(3, 128, dtype=torch.complex64)}, REFUSED),
     "integer factors": ({UP: torch.ones(128, 3, dtype=torch.int64), DOWN: torch.ones(3, 128, dtype=torch.int64)}, REFUSED),
@@ -117,6 +121,13 @@ def test_the_reason_is_said(check, case, words):
     import re
 
     assert re.search(words, check(CASES[case][0])["Loader"])
+
+
+def test_an_alpha_of_zero_is_said(tiny, pack_module):
+    notices = pack_module("nodes.notices")
+    with notices.collected() as said:
+        pack_module("nodes.comfy_patches").patches_from_state(pack_module("trilora_ops.checkpoint").AdapterState(CASES["alpha 0"][0]), tiny.patcher, None, "a file")
+    assert said == [f"a file: 1 layers have an alpha of 0 and change nothing ({LINEAR})"]
 
 
 def test_peft_oft_beside_a_lora_is_named(host_nodes, tiny, pack_module, caplog):

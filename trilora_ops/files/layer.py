@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from ..errors import TriLoRAError
-from .numbers import ALPHA, LIMIT, MAGNITUDES, largest, whole_bound
+from .numbers import ALPHA, LIMIT, MAGNITUDES, largest, whole_bound, worst
 
 BROKEN = "the file is broken"
 OTHER_MODEL = "it was made for another model"
+# entries; small factors can make a matrix that no memory holds
+LARGEST_WEIGHT = 2**27
 
 
 class Layer:
@@ -77,8 +79,9 @@ class Layer:
         raise NotImplementedError
 
     def reach(self) -> float:
-        """The same exactly, where the bound is too coarse; NaN or infinite where the numbers overflow."""
-        return largest(self.added(torch.zeros(self.size)))
+        """The same exactly, where the bound is too coarse; NaN or infinite where the numbers overflow, or no weight is so
+        large."""
+        return largest(self.added(torch.zeros(self.size))) if math.prod(self.size) <= LARGEST_WEIGHT else math.inf
 
     def check_finite(self) -> None:
         """Raise TriLoRAError where a tensor is not finite, or finite ones make a change that half precision cannot
@@ -205,14 +208,12 @@ class ScaledLayer(Layer):
     def bound(self) -> float:
         """See `Layer.bound`."""
         magnitudes = 0.0 if self.magnitudes is None else largest(self.magnitudes)
-        return max(
-            whole_bound(self.product_bound(), abs(self.scale)), magnitudes, key=lambda value: (math.isnan(value), value)
-        )
+        return worst(whole_bound(self.product_bound(), abs(self.scale)), magnitudes)
 
     def reach(self) -> float:
         """See `Layer.reach`."""
         magnitudes = 0.0 if self.magnitudes is None else largest(self.magnitudes)
-        return max(super().reach(), magnitudes, key=lambda value: (math.isnan(value), value))
+        return worst(super().reach(), magnitudes)
 
     def added(self, weight: Tensor) -> Tensor:
         """See `Layer.added`."""

@@ -79,7 +79,12 @@ def largest(tensor: Tensor) -> float:
     if tensor.element_size() == 1:
         tensor = tensor.float()
     low, high = torch.aminmax(tensor)
-    return max(abs(float(low)), abs(float(high)), key=lambda value: (math.isnan(value), value))
+    return worst(abs(float(low)), abs(float(high)))
+
+
+def worst(*values: float) -> float:
+    """The largest; NaN where one is NaN."""
+    return math.nan if any(map(math.isnan, values)) else max(values)
 
 
 def product_bound(left: Tensor, right: Tensor) -> float:

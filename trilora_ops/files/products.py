@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..errors import TriLoRAError
-from .layer import BROKEN, OTHER_MODEL, ScaledLayer, check_kernel
+from .layer import BROKEN, LARGEST_WEIGHT, OTHER_MODEL, ScaledLayer, check_kernel
 from .low_rank import tucker, tucker_bound
-from .numbers import columns, factor, largest, matrix, product_bound, whole_bound
+from .numbers import columns, factor, largest, matrix, product_bound, whole_bound, worst
 
 
 class LoHaLayer(ScaledLayer):
@@ -149,6 +149,20 @@ class LoKrLayer(ScaledLayer):
             )
         return whole_bound(*bounds)
 
+    def reach(self) -> float:
+        """See `Layer.reach`; the largest entry of a Kronecker product is the product of its factors' largest."""
+        product = math.prod(self._half_reach(i) for i in (1, 2))
+        if not product <= torch.finfo(torch.float32).max:
+            return math.inf
+        return worst(product * abs(self.scale), 0.0 if self.magnitudes is None else largest(self.magnitudes))
+
+    def _half_reach(self, i: int) -> float:
+        whole, parts = f".lokr_w{i}", (f".lokr_w{i}_a", f".lokr_w{i}_b", f".lokr_t{i}")
+        if whole in self.tensors:
+            return largest(self.tensors[whole])
+        size = _half_size(self.name, self.tensors, *parts[:2], parts[2] if parts[2] in self.tensors else None)
+        return largest(_half(self, torch.zeros(1), *parts)) if math.prod(size) <= LARGEST_WEIGHT else math.inf
+
     def product(self, weight: Tensor) -> Tensor:
         """See `ScaledLayer.product`. Columns are channels with their kernels, and w2 has all of the kernel: flat, it
         is one product."""
@@ -228,11 +242,10 @@ class GLoRALayer(ScaledLayer):
     def reach(self) -> float:
         """See `Layer.reach`."""
         a1, a2, b1, b2 = (self.tensors[ending].flatten(1).float() for ending in self.order)
-        return max(
-            largest(torch.linalg.vector_norm(a1 @ a2 * self.scale, dim=0)),
-            largest(b1 @ b2 * self.scale),
-            key=lambda v: (math.isnan(v), v),
-        )
+        if max(len(a1) ** 2, math.prod(self.size)) > LARGEST_WEIGHT:
+            return math.inf
+        columns = torch.linalg.vector_norm(a1 @ a2 * self.scale, dim=0)
+        return worst(largest(columns), largest(b1 @ b2 * self.scale))
 
     def product(self, weight: Tensor) -> Tensor:
         """See `ScaledLayer.product`."""

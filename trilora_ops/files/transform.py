@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -14,7 +13,7 @@ from ..factors import LowRank
 from ..registry import read_adapter_tensors
 from ..tensorisation import numbered_cores
 from .layer import BROKEN, OTHER_MODEL, Layer
-from .numbers import LIMIT, largest, product_bound, whole_bound
+from .numbers import LIMIT, largest, product_bound, whole_bound, worst
 
 # the two halves of a layer with a transform: <layer>.transform.<tensor>, <layer>.residual.<tensor>
 PARTS = ("transform", "residual")
@@ -138,7 +137,7 @@ def _reach(adapter: Adapter) -> float:
         rows = torch.zeros(min(_ROWS, J - start), J)
         rows.diagonal(start).fill_(1.0)
         reaches.append(largest(adapter.transform.rows(rows) - rows))
-    return math.nan if any(map(math.isnan, reaches)) else max(reaches)
+    return worst(*reaches)
 
 
 def _named(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
