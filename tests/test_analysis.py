@@ -79,11 +79,11 @@ def test_other_kinds_are_counted_and_named():
     n = torch.ones
     tensors = {"a.hada_w1_a": n(5, 2), "a.hada_w1_b": n(2, 4), "a.hada_w2_a": n(5, 2), "a.hada_w2_b": n(2, 4), "a.alpha": n(()), "b.lokr_w1": n(2, 2), "b.lokr_w2": n(3, 3),
                "c.oft_blocks": n(3, 2, 2), "d.diff": n(3), "d.diff_b": n(3), "k.diff_b": n(3), "e.a1.weight": n(4, 2), "e.a2.weight": n(2, 4), "e.b1.weight": n(5, 2),
-               "e.b2.weight": n(2, 4), "f.w_norm": n(3), "g.mystery": n(3), "l.hada_w1_a": n(3), "m.lora_up.weight": n(3, 2), "o.oft_R.weight": n(3, 6)}  # fmt: skip
+               "e.b2.weight": n(2, 4), "f.w_norm": n(3), "g.mystery": n(3), "l.hada_w1_a": n(3), "m.lora_up.weight": n(3, 2), "o.oft_R": n(3, 6)}  # fmt: skip
     tensors |= layer("h", 5, 4, 2) | {"h.dora_scale": n(5)} | layer("i", 5, 4, 2) | {"i.lora_mid.weight": n(2, 2, 1)} | layer("j", 5, 4, 2)
     found = {facts.name: facts.kind for facts in analyse(tensors)}
     assert found == {"a": "LoHa", "b": "LoKr", "c": "OFT", "d": "full difference", "k": "bias", "e": "GLoRA", "f": "full difference", "g.mystery": "unknown", "h": "DoRA",
-                     "i": "Tucker LoCon", "j": "low-rank", "l": "broken LoHa", "m": "broken low rank", "o": "PEFT's OFT"}
+                     "i": "Tucker LoCon", "j": "low-rank", "l": "broken LoHa", "m": "broken low rank", "o": "an older PEFT's OFT"}
     assert sum(facts.bytes for facts in analyse(tensors)) == sum(t.numel() * t.element_size() for t in tensors.values())
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from .errors import TriLoRAError
 from .factors import canonicalise
 from .files.kinds import by_layer, read_layer
-from .files.low_rank import DOWN, PAIRS, PEFT_DOWN, PEFT_UP, UP, FileLayer, LowRankLayer
+from .files.low_rank import DOWN, PEFT_DOWN, PEFT_UP, UP, FileLayer, LowRankLayer
 from .files.numbers import ALPHA
 from .files.transform import PARTS, part_of
 from .one_alpha import one_alpha
@@ -161,7 +161,7 @@ def check_finite(tensors: Mapping[str, Tensor], problem: str = "holds NaN or inf
 
 
 def _take_config_of_peft(state: AdapterState, path: Path) -> None:
-    state.notes = tuple(translate(state, read_config(path, state.metadata), PAIRS))
+    state.notes = tuple(translate(state, read_config(path, state.metadata)))
     # said with tensors now, and no longer true of a copy with other ranks
     state.metadata.pop(IN_METADATA, None)
 

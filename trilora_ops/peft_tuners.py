@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from .errors import TriLoRAError
+from .files.kinds import KINDS, split_key
+from .files.low_rank import PAIRS
 from .peft_config import WRAPPER, Component, component_of, shown
 
 # tuners whose tensors are read, by peft's names
@@ -57,20 +59,21 @@ _VARIANTS = {
 _REMEDY = "merge it into its model with peft instead; nothing was applied"
 
 
-def translate(tensors: dict[str, Tensor], components: list[Component], pairs: Iterable[tuple[str, str]]) -> list[str]:
+def translate(tensors: dict[str, Tensor], components: list[Component]) -> list[str]:
     """Change peft's tensors, in place, to what they mean to other readers; returns what a person should know of the file.
 
-    pairs: the (up, down) endings of low-rank layers. Raises TriLoRAError for what is not read, with the reason.
+    Raises TriLoRAError for what is not read, with the reason.
     """
     notes = [note for component in components for note in _check(component)]
-    notes += _unread(tensors, pairs)
+    _refuse_unread(tensors)
     for key in [key for key in tensors if _OF_TRAINING.search(key)]:
         del tensors[key]
     _adalora(tensors, components)
-    _low_rank(tensors, components, pairs)
+    _low_rank(tensors, components)
     _loha(tensors, components)
     _lokr(tensors, components)
-    return notes + _whole(tensors, components, pairs) + _without_scale(tensors, components, pairs)
+    _oft(tensors, components)
+    return notes + _whole(tensors, components) + _without_scale(tensors, components)
 
 
 def _check(component: Component) -> list[str]:
@@ -91,22 +94,18 @@ def _check(component: Component) -> list[str]:
     return []
 
 
-def _unread(tensors: Mapping[str, Tensor], pairs: Iterable[tuple[str, str]]) -> list[str]:
-    """Told from the tensors' names, where no configuration says it."""
-    found: dict[str, list[str]] = {}
-    for key in tensors:
-        if mark := _MARK.search(key):
-            found.setdefault(mark[1].upper(), []).append(key)
-    if found and not any(key.endswith(end) for key in tensors for end in _ends(pairs)):
-        tuner = min(found)
-        raise TriLoRAError(f"an adapter of the kind {tuner} of peft ({shown(found[tuner][0], 120)}), which {REFUSED[tuner]}, is not read; {_REMEDY}")
-    return [f"{len(keys)} tensors of the kind {tuner} of peft, which {REFUSED[tuner]}, are not read and were left out" for tuner, keys in found.items()]
+def _refuse_unread(tensors: Mapping[str, Tensor]) -> None:
+    """Told from the tensors' names, where no configuration says it; beside layers that are read, they are left out as all are."""
+    found = [(match[1].upper(), key) for key in tensors if (match := _MARK.search(key))]
+    if found and not any((split := split_key(key)) and split[1] in KINDS for key in tensors):
+        tuner, key = min(found)
+        raise TriLoRAError(f"an adapter of the kind {tuner} of peft ({shown(key, 120)}), which {REFUSED[tuner]}, is not read; {_REMEDY}")
 
 
-def _low_rank(tensors: dict[str, Tensor], components: list[Component], pairs: Iterable[tuple[str, str]]) -> None:
+def _low_rank(tensors: dict[str, Tensor], components: list[Component]) -> None:
     alphas = {c.prefix: c.numbers("lora_alpha", "alpha_pattern") for c in components if c.tuner == "LORA"}
     for key in list(tensors):
-        for up, down in pairs:
+        for up, down in PAIRS:
             name = key.removesuffix(up)
             if name == key or name + down not in tensors or not tensors[name + down].ndim:
                 continue
@@ -164,14 +163,31 @@ def _lokr(tensors: dict[str, Tensor], components: list[Component]) -> None:
                 tensors.setdefault(name + ".alpha", torch.tensor(alpha(name)))
 
 
+def _oft(tensors: dict[str, Tensor], components: list[Component]) -> None:
+    """How the blocks are made of their angles, as `.oft_R.terms`; COFT's bound on them."""
+    for component in (c for c in components if c.tuner == "OFT"):
+        fields = component.fields
+        terms = fields.get("num_cayley_neumann_terms", 5) if fields.get("use_cayley_neumann") else 0
+        if isinstance(terms, bool) or not isinstance(terms, int) or not 0 <= terms <= 100:
+            raise TriLoRAError(f"{component.prefix}num_cayley_neumann_terms={shown(terms)}: expected 1 to 100; the file is broken")
+        eps = component.numbers("eps")(component.prefix) if fields.get("coft") else math.inf
+        for name in _layers(tensors, components, component, (".oft_R.weight",)):
+            angles = tensors[name + ".oft_R.weight"]
+            if angles.ndim == 2 and angles.is_floating_point() and eps < math.inf:
+                norms = math.sqrt(2) * torch.linalg.vector_norm(angles.float(), dim=1, keepdim=True)
+                most = eps / math.sqrt(len(angles) or 1)
+                tensors[name + ".oft_R.weight"] = torch.where(norms <= most, angles.float(), angles.float() * (most / norms))
+            tensors[name + ".oft_R.terms"] = torch.tensor(float(terms))
+
+
 def _layers(tensors: Mapping[str, Tensor], components: list[Component], component: Component, marks: tuple[str, ...]) -> list[str]:
     names = {key.removesuffix(mark): None for key in tensors for mark in marks if key.endswith(mark)}
     return [name for name in names if component_of(name, components) is component]
 
 
-def _whole(tensors: Mapping[str, Tensor], components: list[Component], pairs: Iterable[tuple[str, str]]) -> list[str]:
+def _whole(tensors: Mapping[str, Tensor], components: list[Component]) -> list[str]:
     """What was trained beside the adapter and is in the file as it is: `modules_to_save` and biases."""
-    found, ends = {}, tuple(end for pair in pairs for end in pair)
+    found, ends = {}, tuple(end for pair in PAIRS for end in pair)
     for key in tensors:
         component = component_of(key, components)
         if component is None or not key.endswith((".weight", ".bias")) or key.endswith(ends):
@@ -184,16 +200,11 @@ def _whole(tensors: Mapping[str, Tensor], components: list[Component], pairs: It
     return [f"{len(found)} weights and biases that were trained whole beside the adapter (modules_to_save, bias) were left out: {names}"]
 
 
-def _without_scale(tensors: Mapping[str, Tensor], components: list[Component], pairs: Iterable[tuple[str, str]]) -> list[str]:
+def _without_scale(tensors: Mapping[str, Tensor], components: list[Component]) -> list[str]:
     """peft's own files hold no scale; one that was renamed has lost it with its configuration."""
-    names = {key.removesuffix(end) for key in tensors if key.startswith(WRAPPER) for end in _ends(pairs) if key.endswith(end)}
-    lost = [name for name in names if component_of(name, components) is None and name + ".alpha" not in tensors]
-    if not lost:
+    ends = (*(up for up, _ in PAIRS), ".hada_w1_a", ".lokr_w1", ".lokr_w1_a")
+    names = {key.removesuffix(end) for key in tensors if key.startswith(WRAPPER) for end in ends if key.endswith(end)}
+    if all(component_of(name, components) is not None or name + ".alpha" in tensors for name in names):
         return []
     return ["a file of peft without its adapter_config.json: its alpha is unknown, and its scale is taken as 1; keep it as adapter_model.safetensors in a "
             "folder of its own with that file beside it"]
-
-
-def _ends(pairs: Iterable[tuple[str, str]]) -> list[str]:
-    """Endings of the tensors whose layers are read."""
-    return [up for up, _ in pairs] + [".hada_w1_a", ".lokr_w1", ".lokr_w1_a"]
