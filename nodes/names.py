@@ -8,8 +8,9 @@ from collections.abc import Mapping
 import comfy.lora
 import comfy.lora_convert
 
-from ..trilora_ops.checkpoint import ALPHA, PAIRS, AdapterState
+from ..trilora_ops.checkpoint import ALPHA, AdapterState
 from ..trilora_ops.errors import TriLoRAError
+from ..trilora_ops.files.low_rank import PAIRS
 from ..trilora_ops.naming import PREFIX, UNetLayout, peft_name, peft_spellings, public_name
 from .comfy_host import family_of
 

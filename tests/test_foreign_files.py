@@ -6,7 +6,6 @@ What peft, diffusers and LyCORIS really write and read is tested in interchange/
 import pytest
 import torch
 from comfyui_trilora.trilora_ops.checkpoint import (
-    PAIRS,
     AdapterState,
     canonical_state,
     read_adapter,
@@ -14,6 +13,7 @@ from comfyui_trilora.trilora_ops.checkpoint import (
     write_adapter,
 )
 from comfyui_trilora.trilora_ops.errors import TriLoRAError
+from comfyui_trilora.trilora_ops.files.low_rank import PAIRS
 from safetensors.torch import save_file
 from torch import nn
 

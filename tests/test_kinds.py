@@ -135,7 +135,7 @@ def test_rows_of_zeros_have_no_direction():
 
 
 @pytest.mark.parametrize(("tensors", "unread", "methods"), [
-    ({".oft_R.weight": draw(3, 6)}, (".oft_R.weight",), {".oft_R.weight": "PEFT's OFT"}), ({".alpha": torch.tensor(1.0)}, (".alpha",), {}),
+    ({".oft_R.weight": draw(3, 6)}, (".oft_R.weight",), {".oft_R.weight": "PEFT's OFT without its adapter_config.json"}), ({".alpha": torch.tensor(1.0)}, (".alpha",), {}),
     ({".b_norm": draw(3)}, (".b_norm",), {}), ({".dora_scale": draw(3, 1)}, (".dora_scale",), {}),
 ])  # fmt: skip
 def test_what_makes_no_layer(tensors, unread, methods):

@@ -140,6 +140,26 @@ def test_whole_factors_of_lokr_take_the_rank_from_the_configuration(read):
     assert torch.equal(state[f"{LAYER}.lokr_w1"], torch.full((2, 2), 2 / 16)) and f"{LAYER}.alpha" not in state
 
 
+OFT = {f"{LAYER}.oft_R.weight": torch.full((2, 3), 0.5)}
+
+
+@pytest.mark.parametrize(
+    ("fields", "terms", "angle"),
+    [({}, 0, 0.5), ({"use_cayley_neumann": False}, 0, 0.5), ({"use_cayley_neumann": True}, 5, 0.5), ({"use_cayley_neumann": True, "num_cayley_neumann_terms": 7}, 7, 0.5),
+     ({"coft": True, "eps": 1e6}, 0, 0.5), ({"coft": True, "eps": 0.6}, 0, 0.6 / 2**0.5 / 6**0.5)],
+)  # fmt: skip
+def test_oft_takes_from_the_configuration_how_its_blocks_are_made(read, fields, terms, angle):
+    """A block's skew matrix has each angle twice: with COFT its norm is at most eps / sqrt(blocks)."""
+    state = read(OFT, {"peft_type": "OFT", **fields})
+    assert state.keys() == {f"{LAYER}.oft_angles", f"{LAYER}.oft_terms"} and float(state[f"{LAYER}.oft_terms"]) == terms
+    torch.testing.assert_close(state[f"{LAYER}.oft_angles"], torch.full((2, 3), angle))
+
+
+@pytest.mark.parametrize("fields", [{"num_cayley_neumann_terms": 10**9}, {"num_cayley_neumann_terms": "x"}, {"num_cayley_neumann_terms": True}, {"coft": True, "eps": -1}])
+def test_oft_whose_configuration_is_broken(read, fields):
+    refusal(read, OFT, {"peft_type": "OFT", "use_cayley_neumann": True, **fields})
+
+
 @pytest.mark.parametrize(
     ("patterns", "alpha"),
     [({"to_q": 3, "block.to_q": 5}, 3), ({"to_k": 3, "block.to_q": 5}, 5), ({"^to_q": 3}, 2), ({"^block.to_q": 3}, 3), ({"o_q": 3}, 2), ({}, 2), (None, 2)],

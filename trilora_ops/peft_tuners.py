@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import TriLoRAError
+from .files.input_rotations import ANGLES, MOST_TERMS, TERMS
 from .files.kinds import KINDS, split_key
 from .files.low_rank import PAIRS
 from .peft_config import WRAPPER, Component, component_of, shown
@@ -164,20 +165,19 @@ def _lokr(tensors: dict[str, Tensor], components: list[Component]) -> None:
 
 
 def _oft(tensors: dict[str, Tensor], components: list[Component]) -> None:
-    """How the blocks are made of their angles, as `.oft_R.terms`; COFT's bound on them."""
+    """The angles within COFT's bound, and how the blocks are made of them."""
     for component in (c for c in components if c.tuner == "OFT"):
-        fields = component.fields
-        terms = fields.get("num_cayley_neumann_terms", 5) if fields.get("use_cayley_neumann") else 0
-        if isinstance(terms, bool) or not isinstance(terms, int) or not 0 <= terms <= 100:
-            raise TriLoRAError(f"{component.prefix}num_cayley_neumann_terms={shown(terms)}: expected 1 to 100; the file is broken")
-        eps = component.numbers("eps")(component.prefix) if fields.get("coft") else math.inf
+        terms = component.fields.get("num_cayley_neumann_terms", 5) if component.fields.get("use_cayley_neumann") else 0
+        if isinstance(terms, bool) or not isinstance(terms, int) or not 0 <= terms <= MOST_TERMS:
+            raise TriLoRAError(f"{component.prefix}num_cayley_neumann_terms={shown(terms)}: expected 1 to {MOST_TERMS}; the file is broken")
+        eps = component.numbers("eps")("") if component.fields.get("coft") else math.inf
         for name in _layers(tensors, components, component, (".oft_R.weight",)):
-            angles = tensors[name + ".oft_R.weight"]
-            if angles.ndim == 2 and angles.is_floating_point() and eps < math.inf:
+            angles = tensors.pop(name + ".oft_R.weight")
+            if eps < math.inf and angles.ndim == 2 and angles.is_floating_point() and len(angles):
                 norms = math.sqrt(2) * torch.linalg.vector_norm(angles.float(), dim=1, keepdim=True)
-                most = eps / math.sqrt(len(angles) or 1)
-                tensors[name + ".oft_R.weight"] = torch.where(norms <= most, angles.float(), angles.float() * (most / norms))
-            tensors[name + ".oft_R.terms"] = torch.tensor(float(terms))
+                most = eps / math.sqrt(len(angles))
+                angles = torch.where(norms <= most, angles.float(), angles.float() * (most / norms))
+            tensors[name + ANGLES], tensors[name + TERMS] = angles, torch.tensor(float(terms))
 
 
 def _layers(tensors: Mapping[str, Tensor], components: list[Component], component: Component, marks: tuple[str, ...]) -> list[str]:

@@ -112,6 +112,20 @@ def boft(rng: random.Random, shape) -> dict[str, torch.Tensor]:
     return {".oft_blocks": numbers(rng, rng.randint(1, stages), shape[0] // size, size, size)} | ({".alpha": torch.tensor(0.01)} if rng.random() < 0.5 else {})
 
 
+def peft_oft(rng: random.Random, shape) -> dict[str, torch.Tensor]:
+    """Exact or as a cut series, a block for each group of inputs or one for all."""
+    sizes = [size for size in range(2, product(shape[1:]) + 1) if product(shape[1:]) % size == 0]
+    size = rng.choice(sizes)
+    count = rng.choice([1, product(shape[1:]) // size])
+    return {".oft_angles": numbers(rng, count, size * (size - 1) // 2, size=0.1), ".oft_terms": torch.tensor(rng.choice([0.0, 1.0, 3.0, 5.0]))}
+
+
+def peft_boft(rng: random.Random, shape) -> dict[str, torch.Tensor]:
+    """One factor of blocks, and scales as PEFT lays them for linear layers and for convolutions."""
+    count, size = split(rng, product(shape[1:]))
+    return {".boft_R": numbers(rng, 1, count, size, size), ".boft_s": 1 + numbers(rng, *((shape[0], 1) if len(shape) == 2 else (1, shape[0])))}
+
+
 def ia3(rng: random.Random, shape) -> dict[str, torch.Tensor]:
     """Of inputs and of outputs."""
     axis, ones = rng.randint(0, 1), [1] * max(len(shape) - 2, 0)
@@ -144,6 +158,7 @@ KINDS: dict[str, tuple[Callable, int]] = {
     "low rank": (low_rank, 2), "Tucker": (tucker, 3), "widening": (widening, 2), "LoHa": (loha, 2), "LoKr": (lokr, 2), "GLoRA": (glora, 2),
     "DoRA": (with_magnitudes(low_rank), 2), "DoRA, Tucker": (with_magnitudes(tucker), 3), "DoRA, LoHa": (with_magnitudes(loha), 2),
     "DoRA, LoKr": (with_magnitudes(lokr), 2), "OFT": (oft, 2), "BOFT": (boft, 2), "IA3": (ia3, 2), "transform": (transform, 2),
+    "PEFT's OFT": (peft_oft, 2), "PEFT's BOFT": (peft_boft, 2),
     "difference": (whole(".diff"), 1), "norm": (whole(".w_norm"), 1), "replaced": (whole(".set_weight"), 1),
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, tor
 SCALES = (0.0, -1.0, 1e-30, 1e3, 1e6, 1e20, 1e30, 1e38)
 ENDINGS = sorted({ending for pair in PAIRS for ending in pair} | {
     ".alpha", ".dora_scale", ".lora_mid.weight", ".reshape_weight", ".rescale", ".diff", ".diff_b", ".w_norm", ".b_norm", ".set_weight", ".oft_blocks", ".oft_R.weight",
+    ".oft_angles", ".oft_terms", ".boft_R", ".boft_s",
     ".hada_w1_a", ".hada_w2_b", ".hada_t1", ".lokr_w1", ".lokr_w2_a", ".lokr_t2", ".a1.weight", ".b2.weight", ".transform.m", ".transform.core0",
     ".residual.up", ".residual.scale", ".lora_E", ".lora_magnitude_vector", ".on_input", ".weight", ".scale", ".unheard_of"})  # fmt: skip
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from comfyui_trilora.tests.interchange.small_models import assert_same, draw, file_deltas, random_adapter
 from comfyui_trilora.trilora_ops.checkpoint import (
-    PAIRS,
     AdapterState,
     canonical_state,
     peft_state,
@@ -15,6 +14,7 @@ from comfyui_trilora.trilora_ops.checkpoint import (
     write_adapter,
 )
 from comfyui_trilora.trilora_ops.factors import LowRank, canonicalise, is_canonical, spectrum
+from comfyui_trilora.trilora_ops.files.low_rank import PAIRS
 from comfyui_trilora.trilora_ops.one_alpha import LARGEST, one_alpha
 
 SHAPES = {"a.to_q": (17, 6), "a.to_out.0": (5, 23), "b.conv": (9, 7, 3, 2), "b.time": (11, 4, 3), "c.block.video": (3, 5, 1, 2, 2), "d": (30, 31)}

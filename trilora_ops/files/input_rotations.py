@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ..errors import TriLoRAError
 from .layer import BROKEN, OTHER_MODEL, Layer
-from .numbers import factor, largest, number
+from .numbers import factor, largest, number, whole_bound
 
-ANGLES, TERMS = ".oft_R.weight", ".oft_R.terms"
+ANGLES, TERMS = ".oft_angles", ".oft_terms"
 BLOCKS, SCALES = ".boft_R", ".boft_s"
 MOST_TERMS = 100
+_ORTHOGONAL = 1e-3
 
 
 class InputRotationLayer(Layer):
@@ -22,6 +23,7 @@ class InputRotationLayer(Layer):
     needs_the_weight = True
     fixed = "a share of what a rotation changes is not a rotation"
     READS_ALPHA = False
+    exact = True  # whether the blocks are rotations, and no series cut off
 
     def rotation(self, weight: Tensor) -> Tensor:
         """The blocks R, (count, b, b), on the weight's device in its dtype."""
@@ -46,8 +48,10 @@ class InputRotationLayer(Layer):
     def bound(self) -> float:
         """See `Layer.bound`."""
         like = torch.zeros(1)
-        scale = self.output_scale(like)
-        return largest(self.rotation(like).abs().sum(dim=-1)) * (1.0 if scale is None else max(1.0, largest(scale)))
+        R, scale = self.rotation(like), self.output_scale(like)
+        if self.exact and not largest(R @ R.transpose(-1, -2) - _eye(R)) <= _ORTHOGONAL:
+            return math.inf  # fp32 finds no rotation
+        return whole_bound(largest(R.abs().sum(dim=-1)), 1.0 if scale is None else largest(scale))
 
     def reach(self) -> float:
         """See `Layer.reach`."""
@@ -65,8 +69,9 @@ class InputRotationLayer(Layer):
 class PeftOFTLayer(InputRotationLayer):
     """R = (I - Q)(I + Q)^-1, Q skew with the angles above its diagonal, row by row (arXiv:2306.07280).
 
-    `.oft_R.weight`: (count, b (b - 1) / 2). `.oft_R.terms`: 0, or n, for which R is I + 2 Q + 2 Q^2 + ... + Q^(n - 1), the
-    cut series of (I + Q)(I - Q)^-1, as PEFT computes it with `use_cayley_neumann`; its file keeps that in the configuration.
+    `.oft_angles`: (count, b (b - 1) / 2), PEFT's `oft_R.weight`. `.oft_terms`: 0, or n, for which R is I + 2 Q + 2 Q^2 + ...
+    + Q^(n - 1), the cut series of (I + Q)(I - Q)^-1, as PEFT computes it with `use_cayley_neumann`. It keeps that in its
+    configuration (`peft_tuners`), without which the angles could mean either.
     """
 
     LABEL = "PEFT's OFT"
@@ -77,8 +82,7 @@ class PeftOFTLayer(InputRotationLayer):
         """See `Layer.read`."""
         angles = factor(name, tensors, ANGLES)
         if TERMS not in tensors:
-            raise TriLoRAError(f"{name}{ANGLES}: how PEFT's OFT turns only its configuration tells; put adapter_config.json beside the file, and name the "
-                               "file adapter_model.safetensors")
+            raise TriLoRAError(f"{name}{TERMS} is missing, which tells how {name}{ANGLES} turns; {BROKEN}")
         terms = number(name + TERMS, tensors[TERMS])
         if angles.ndim != 2 or not 0 <= terms <= MOST_TERMS or terms != int(terms):
             raise TriLoRAError(f"{name}{ANGLES} is {tuple(angles.shape)} with {terms:g} terms, expected (blocks, angles) and 0 to {MOST_TERMS} terms; {BROKEN}")
@@ -86,6 +90,11 @@ class PeftOFTLayer(InputRotationLayer):
         if size * (size - 1) // 2 != angles.shape[1]:
             raise TriLoRAError(f"{name}{ANGLES} has {angles.shape[1]} angles for each block, which fill no square; {BROKEN}")
         return cls(name, tensors, None)
+
+    @property
+    def exact(self) -> bool:
+        """See `InputRotationLayer.exact`."""
+        return not int(self.tensors[TERMS])
 
     @property
     def columns(self) -> tuple[int, int]:
@@ -118,7 +127,7 @@ class PeftBOFTLayer(InputRotationLayer):
     def read(cls, name, tensors, alpha) -> "PeftBOFTLayer":
         """See `Layer.read`."""
         blocks, scales = factor(name, tensors, BLOCKS), factor(name, tensors, SCALES)
-        if blocks.ndim != 4 or blocks.shape[-1] != blocks.shape[-2] or scales.numel() != max(scales.shape):
+        if blocks.ndim != 4 or blocks.shape[-1] != blocks.shape[-2] or scales.numel() != max(scales.shape, default=0):
             raise TriLoRAError(f"{name}{BLOCKS} is {tuple(blocks.shape)} and {name}{SCALES} {tuple(scales.shape)}, expected (1, blocks, b, b) and one number "
                                f"for each output; {BROKEN}")
         if len(blocks) > 1:

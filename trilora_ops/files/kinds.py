@@ -11,7 +11,7 @@ Every reader, check, tool and message asks it. Adding a kind is a class of `laye
 | GLoRA | `.a1.weight`, `.a2.weight`, `.b1.weight`, `.b2.weight` | W a1 a2 + b1 b2, scaled | yes |
 | DoRA | one of the above but GLoRA, and `.dora_scale` or `.lora_magnitude_vector` | m (W + A) / ||W + A|| - W | no |
 | OFT, BOFT | `.oft_blocks` of 3 or 4 axes, `.rescale`, `.alpha` as the largest norm | see `rotations` | no |
-| PEFT's OFT and BOFT | `.oft_R.weight` and `.oft_R.terms`; `.boft_R` and `.boft_s` | see `input_rotations` | no |
+| PEFT's OFT and BOFT | `.oft_angles` and `.oft_terms`; `.boft_R` and `.boft_s` | see `input_rotations` | no |
 | IA3 | `.weight` and `.on_input` | W w | yes |
 | full difference, bias | `.diff` or `.w_norm`; `.diff_b` or `.b_norm` | the tensor | yes |
 | replaced weight | `.set_weight` | the tensor - W | no |
@@ -47,6 +47,7 @@ KINDS: dict[str, type[Layer]] = {
 _PEFT_MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".lora_magnitude_vector.default.weight")
 # ending of a tensor that is another method's -> that method, which nothing here computes
 UNSUPPORTED = {
+    **dict.fromkeys((".oft_R.weight", ".oft_R.default.weight"), "PEFT's OFT without its adapter_config.json"),
     **dict.fromkeys((".oft_R", ".oft_r"), "an older PEFT's OFT"), ".ia3_l": "PEFT's IA3",
     **dict.fromkeys((".q_layer.weight", ".p_layer.weight", ".lambda_layer"), "LyCORIS' T-LoRA"),
     **dict.fromkeys((".vera_lambda_b", ".vera_lambda_d"), "VeRA"), ".hra_u": "HRA", ".c3a_kernel": "C3A",
