@@ -49,7 +49,8 @@ def test_convolutions_turn_inputs_and_kernel_together():
 def test_the_cut_series(terms):
     """I + 2 Q + 2 Q^2 + ... + Q^(n - 1), of three terms as of four; of very many the other way round of what is exact."""
     skew = torch.zeros(1, 4, 4)
-    skew[:, *torch.triu_indices(4, 4, 1)] = angles = draw(1, 6)
+    rows, columns = torch.triu_indices(4, 4, 1)
+    skew[:, rows, columns] = angles = draw(1, 6)
     skew = skew - skew.transpose(-1, -2)
     powers = [torch.linalg.matrix_power(skew[0], n) for n in range(max(terms, 4))]
     wanted = powers[0] + (2 * powers[1] if terms == 2 else 0) if terms < 3 else powers[0] + 2 * sum(powers[1:-1]) + powers[-1]

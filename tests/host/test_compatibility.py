@@ -21,6 +21,7 @@ from comfyui_trilora.tests.host.compatibility.outcomes import (  # noqa: E402
     EXACT,
     PARTLY,
     REFUSED,
+    SAVED_AGAIN,
     UNWRITTEN,
     WRONG,
     compared,
@@ -67,3 +68,15 @@ def test_a_stack_reads_it_so_too(host_nodes, pack_module, row):
     if found.verdict == UNWRITTEN:
         pytest.skip(found.text)
     assert found.verdict in (EXACT, PARTLY, REFUSED), found
+
+
+AGAIN = [row for row in ROWS if row.kind in ("LORA", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT")]
+
+
+@pytest.mark.parametrize("row", AGAIN, ids=lambda row: row.name)
+def test_saved_again_it_needs_no_configuration(host_nodes, pack_module, row):
+    """One file, without adapter_config.json beside it, that does the same."""
+    first = outcome(host_nodes, pack_module, row).verdict
+    if first not in (EXACT, PARTLY):
+        pytest.skip(first)
+    assert outcome(host_nodes, pack_module, row, SAVED_AGAIN).verdict == first

@@ -18,6 +18,7 @@ from torch import Tensor
 
 EXACT, PARTLY, REFUSED, WRONG, UNWRITTEN = "exact", "exact, rest named", "refused", "WRONG", "not written"
 TOLERANCE = 1e-5
+LOADERS = ("TriLoRALoader", "TriLoRAApplyStack", SAVED_AGAIN := "saved again")
 # a refusal that tells a person nothing about the file
 _WRONG_REASON = "another model family"
 
@@ -59,7 +60,10 @@ class Outcome:
 
 
 def outcome(nodes, pack_module, row: Row, loader: str = "TriLoRALoader") -> Outcome:
-    """Write a row's file into one of the host's LoRA folders, load it, compare, and remove it again."""
+    """Write a row's file into one of the host's LoRA folders, load it, compare, and remove it again.
+
+    loader: one of LOADERS; SAVED_AGAIN is our loader with the file that our Save Adapter makes of it.
+    """
     folder = list_saved_adapters() / "compatibility"
     folder.mkdir(exist_ok=True)
     try:
@@ -92,6 +96,10 @@ def _loaded(nodes, pack_module, path: Path, model, clip, expected: dict[str, Ten
 
 def _apply(nodes, model, clip, name: str, loader: str):
     given = {"model": model} | ({} if clip is None else {"clip": clip})
+    if loader == SAVED_AGAIN:
+        adapter = run_node(nodes, "TriLoRALoadAdapter", lora_name=name)[0]
+        again = run_node(nodes, "TriLoRASaveAdapter", adapter=adapter, name="compatibility/again", dtype="fp32", **given)[0]
+        return run_node(nodes, "TriLoRALoader", lora_name=again, strength_model=1.0, **given)
     if loader == "TriLoRAApplyStack":
         (stack,) = run_node(nodes, "TriLoRAAdapterStack", lora_name=name)
         return run_node(nodes, loader, stack=stack, **given)
