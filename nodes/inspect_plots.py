@@ -44,7 +44,7 @@ def _picture(title: str, fill: Callable, layers: Sequence[LayerFacts]) -> Image.
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.tick_params(labelsize=15)
-    axes.set_title(title, fontsize=22, pad=16)
+    axes.set_title(title, fontsize=22, pad=16, parse_math=False)  # a file's own name is no formula
     fill(axes, layers)
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set_fontsize(18)
@@ -126,7 +126,7 @@ def _name_layers(axes, layers: Sequence[LayerFacts], line: str) -> None:
             axes.axvline(end - 0.5, color=line, linewidth=1.5, alpha=0.8)
             last = end
     if len(layers) <= _NAMED_LAYERS:
-        axes.set_xticks(range(len(layers)), [_cut(layer.short_name) for layer in layers], rotation=90, fontsize=13)
+        axes.set_xticks(range(len(layers)), [_cut(layer.short_name) for layer in layers], rotation=90, fontsize=13, parse_math=False)
         return
     centres = [end - (length + 1) / 2 for end, (_, length) in zip(ends, groups, strict=True)]
     shown: list[int] = []

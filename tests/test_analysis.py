@@ -140,10 +140,11 @@ def adapters():
         flux |= layer(f"diffusion_model.{'double' if block < 19 else 'single'}_blocks.{block % 19}.linear1", 6, 5, 2, seed=block)
     zero = {key: torch.zeros_like(t) if "up" in key else t for key, t in layer(Q, 12, 10, 3).items()}
     ring = {f"{Q}.transform.m": torch.ones(12), "x.hada_w1_a": torch.ones(2)}
-    return {"one": layer(Q, 12, 10, 1), "few": few, "hundreds": many, "many blocks": flux, "other kinds": {"a.hada_w1_a": torch.ones(4)}, "zero": zero, "transform": ring}
+    formula = layer("lora_unet_$\\frac$_x", 12, 10, 1)
+    return {"one": layer(Q, 12, 10, 1), "$\\frac$ 5$": formula, "few": few, "hundreds": many, "many blocks": flux, "other kinds": {"a.hada_w1_a": torch.ones(4)}, "zero": zero, "transform": ring}
 
 
-@pytest.mark.parametrize(("name", "count"), [("one", 4), ("few", 4), ("hundreds", 4), ("many blocks", 4), ("other kinds", 1), ("zero", 4), ("transform", 2)])
+@pytest.mark.parametrize(("name", "count"), [("one", 4), ("$\\frac$ 5$", 4), ("few", 4), ("hundreds", 4), ("many blocks", 4), ("other kinds", 1), ("zero", 4), ("transform", 2)])
 def test_pictures(name, count):
     """One 1600 x 1200 RGB picture a subject, each with something on it and none equal to another."""
     pytest.importorskip("matplotlib")
