@@ -69,10 +69,10 @@ def test_every_preset_round_trips(name):
      ("FLUX-SINGLE-31to37", FLUX, {1: "TE IN FINAL S30 S31 S32 S33 S34 S35 S36 S37"}),
      ("FLUX-DBL-TAIL6", FLUX, {1: "TE IN FINAL D13 D14 D15 D16 D17 D18"}), ("FLUX-DBL-FRONT7", FLUX, {1: "TE IN FINAL D00 D01 D02 D03 D04 D05 D06"}),
      ("Face Focus (Flux)", FLUX, {1: "D07 D12 D16 S07 S12 S16 S20"}), ("Face Focus (SDXL)", SDXL, {1: f"IN07 IN08 {MID} OUT00 OUT01 OUT02 OUT03"}),
-     ("Block-wise upper (SD1.x)", SD, {1: f"{BASE} IN01 IN02 IN03 OUT09 OUT10 OUT11"}), ("Block-wise middle (SD1.x)", SD, {1: f"{BASE} IN04 IN05 IN06 OUT06 OUT07 OUT08"}),
-     ("Block-wise bottom (SD1.x)", SD, {1: f"{BASE} IN07 IN08 IN09 OUT03 OUT04 OUT05"}), ("Block-wise upper (SDXL)", SDXL, {1: f"{BASE} IN01 IN02 IN03 OUT06 OUT07 OUT08"}),
-     ("Block-wise middle (SDXL)", SDXL, {1: f"{BASE} IN04 IN05 IN06 OUT03 OUT04 OUT05"}),
-     ("Block-wise bottom (SDXL)", SDXL, {1: f"{BASE} IN07 IN08 {MID} OUT00 OUT01 OUT02"}), ("B-LoRA content", SDXL, {1: "OUT00"}), ("B-LoRA style", SDXL, {1: "OUT01"}),
+     ("Block-wise upper (SD1.x)", SD, {1: "TE IN01 IN02 IN03 OUT09 OUT10 OUT11"}), ("Block-wise middle (SD1.x)", SD, {1: "TE IN04 IN05 IN06 OUT06 OUT07 OUT08"}),
+     ("Block-wise bottom (SD1.x)", SD, {1: "TE IN07 IN08 IN09 OUT03 OUT04 OUT05"}), ("Block-wise upper (SDXL)", SDXL, {1: "TE IN01 IN02 IN03 OUT06 OUT07 OUT08"}),
+     ("Block-wise middle (SDXL)", SDXL, {1: "TE IN04 IN05 IN06 OUT03 OUT04 OUT05"}),
+     ("Block-wise bottom (SDXL)", SDXL, {1: f"TE IN07 IN08 {MID} OUT00 OUT01 OUT02"}), ("B-LoRA content", SDXL, {1: "OUT00"}), ("B-LoRA style", SDXL, {1: "OUT01"}),
      ("InstantStyle style", SDXL, {1: "OUT01"}), ("InstantStyle layout", SDXL, {1: "IN08"}), ("InstantStyle style and layout", SDXL, {1: "IN08 OUT01"}),
      ("double blocks only", FLUX, {1: DOUBLES}), ("single blocks only", FLUX, {1: SINGLES})],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -147,7 +147,7 @@ def test_every_bad_line_of_a_file_is_named():
 
 # --- test lines -----------------------------------------------------------------------------------------------------------
 def test_one_hot_lines():
-    lines = lines_of_test("@SD-FULL-TEST:17")
+    lines = lines_of_test("@SD-FULL-TEST:17", SD)
     assert [label for label, _ in lines] == [f"B{n}" for n in range(1, 18)] and lines[2][1] == "0,0,A" + ",0" * 14
     found = expand("@SD-FULL-TEST:17", SD, a=0.5)
     ids = [BASE, "IN01", "IN02", "IN04", "IN05", "IN07", "IN08", MID, *(f"OUT{n:02d}" for n in range(3, 12))]
@@ -164,13 +164,13 @@ def test_an_ordinary_text_is_one_line():
     assert expand(" OUT=0", SD) == [parse("OUT=0", SD)] and expand("", SD) == [parse("", SD)]
 
 
-def test_places_within_a_block():
-    """The twelve layers of the middle block in the order of a file: as Inspire means them, and refused as weights."""
-    lines = lines_of_test("@SD-BLOCK8-TEST:17,12,8")
-    assert len(lines) == 12 and [label for label, _ in lines][:2] == ["B8.1", "B8.2"]
-    assert lines[1][1] == "0,0,0,0,0,0,0,0 A 0 0 0 0 0 0 0 0 0 0,0,0,0,0,0,0,0,0,0"
-    with pytest.raises(TriLoRAError, match=r"slot 8 \(MID\) is 'A 0 0 .*the order of a file.*MID.self=0.5"):
-        expand("@SD-BLOCK8-TEST:17,12,8", SD)
+def test_single_weights_of_a_slot_are_refused_with_what_can_be_written():
+    """The twelve layers of the middle block in the order of a file, which is no place in the model; whatever their number."""
+    for count in (12, 999999999):
+        with pytest.raises(TriLoRAError, match=r"slot 8 \(MID\) .*the order of a file.*write @NAME:17 .*default=0, MID.self=0.5, MID.mlp=1$"):
+            expand(f"@SD-BLOCK8-TEST:17,{count},8", SD)
+    with pytest.raises(TriLoRAError, match="no list of 27 slots"):
+        expand("@T:27,3,4", SDXL)
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_numbers(text, value):
         assert meaning(line, SD)["IN04"] == value
 
 
-@pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -1.0, 0.1, 1 / 3, 1e-30, -123456.789, 1e300, 0.1 + 0.2])
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -1.0, 0.1, 1 / 3, 1e-30, -123456.789, 1e9, 0.1 + 0.2])
 def test_written_numbers_are_read_as_themselves(value):
     assert float(written(value)) == value and "-0" != written(value)
     assert parse(f"default={written(value)}", SD).default == value
@@ -115,7 +115,7 @@ def test_written_numbers_are_read_as_themselves(value):
      ("IN04-IN12=1", "range 'IN04-IN12' .*'IN12' names no block"), ("IN-OUT=1", "range 'IN-OUT' goes from block to block"),
      ("OUT.crss=1", "'crss' in 'OUT.crss' is no kind .*it has .*cross"), ("OUT.img=1", "'img' in 'OUT.img'"), ("IN04", "'IN04' is no preset and has no form"), ("IN04=1, OUT", "'OUT' is not selector=number"),
      ("=1", "'=1' is not selector=number"), ("IN04=", "'' in 'IN04=' is not a number"), ("IN04=x", "'x' in 'IN04=x' is not a number"), ("IN04=nan", "'nan'"),
-     ("IN04=inf", "'inf'"), ("IN04=1e999", "too large"), ("IN04=1=2", "'1=2'"), ("/(/=1", "no regular expression"), ("/attn=1", "has no end"),
+     ("IN04=inf", "'inf'"), ("IN04=1e999", "too large"), ("IN04=1=2", "'1=2'"), ("/(/=1", "without its"), ("/attn=1", "has no end"),
      ("IN04=1; OUT=2", "'1; OUT=2'"), ("default=1, IN04 0.5=3", "'IN04 0.5' names no block")],
 )  # fmt: skip
 def test_what_cannot_be_read_is_named(text, words):

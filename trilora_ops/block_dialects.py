@@ -7,17 +7,18 @@ of a file, and what a list leaves out has one number (0; 1 where the program lea
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from . import block_diffusers, block_kohya, block_tags, block_vectors
+from .block_changes import split_changes, with_changes
 from .block_selectors import quoted
 from .block_syntax import CHARACTERS, BlockWeights, items, read_native, weights
 from .block_vectors import Tokens
 from .blocks import TEXT_GROUPS, Blocks, Place
+from .bounds import check_length, read_json
 from .errors import TriLoRAError
 
 DIALECTS = {
@@ -32,16 +33,24 @@ DIALECTS = {
 }
 
 
+_SHOWN = 3  # faults that an error repeats
+_LONGEST_LINE = 700  # of a reading that an error repeats, which is the longest that a list has
+
+
 def read(text: str, blocks: Blocks, dialect: str, *, a: float, b: float, seed: int | None, presets: Mapping[str, str]) -> BlockWeights:
     """See `block_syntax.parse`."""
     if dialect not in DIALECTS:
-        raise TriLoRAError(f"dialect={dialect!r}: choose one of {', '.join(DIALECTS)}")
+        raise TriLoRAError(f"dialect={quoted(dialect)}: choose one of {', '.join(DIALECTS)}")
     if not text.strip():
         return BlockWeights(1.0)
+    check_length(text, "block weights: the text")
     tokens = Tokens(a, b, seed, presets)
     if text.strip() in presets:
         return _preset(text.strip(), blocks, dialect, tokens)
     text = text.strip().translate(CHARACTERS)
+    begin, changes = split_changes(text, presets)
+    if changes:
+        return with_changes(read(begin, blocks, dialect, a=a, b=b, seed=seed, presets=presets), changes, blocks)
     readings, faults = _readings(text, blocks, dialect, tokens)
     if not readings:
         raise TriLoRAError(_faults(faults) if faults else _no_reading(text, blocks, dialect, presets))
@@ -65,7 +74,8 @@ def _readings(text: str, blocks: Blocks, dialect: str, tokens: Tokens) -> tuple[
 def _faults(faults: Mapping[str, str]) -> str:
     if len(faults) == 1:
         return next(iter(faults))
-    return "block weights: no dialect can read the text:" + "".join(f"\n  {name}: {fault.removeprefix('block weights: ')}" for fault, name in faults.items())
+    shown = list(faults.items())[:_SHOWN]
+    return "block weights: no dialect can read the text:" + "".join(f"\n  {name}: {fault.removeprefix('block weights: ')}" for fault, name in shown)
 
 
 def _preset(name: str, blocks: Blocks, dialect: str, tokens: Tokens) -> BlockWeights:
@@ -80,7 +90,7 @@ def _preset(name: str, blocks: Blocks, dialect: str, tokens: Tokens) -> BlockWei
             text = f"{name}:{text}"
         return read(text, blocks, "auto", a=tokens.a, b=tokens.b, seed=tokens.seed, presets={})
     except TriLoRAError as fault:
-        raise TriLoRAError(f"preset {name!r}: {str(fault).removeprefix('block weights: ')}") from None
+        raise TriLoRAError(f"preset {quoted(name)}: {str(fault).removeprefix('block weights: ')}") from None
 
 
 def _the_one(text: str, readings: list[tuple[str, BlockWeights]], blocks: Blocks, dialect: str) -> BlockWeights:
@@ -93,13 +103,17 @@ def _the_one(text: str, readings: list[tuple[str, BlockWeights]], blocks: Blocks
         else:
             names.append(name)
     if len(different) > 1:
-        shown = "\n".join(f"  {', '.join(dict.fromkeys(names))}: {reading.text()}" for names, reading in different)
+        shown = "\n".join(f"  {', '.join(dict.fromkeys(names))}: {_cut(reading.text())}" for names, reading in different)
         count = Counter(program for names, _ in different for program in {name.split()[0] for name in names})
         clear = [name for name, meanings in count.items() if meanings == 1] if dialect == "auto" else []
         choice = f"Choose the dialect {' or '.join(clear)} in Block Weights, or write" if clear else "Write"
         raise TriLoRAError(f"block weights: {quoted(text)} has {len(different)} meanings for this model:\n{shown}\n"
                            f"{choice} the line that you mean, as it stands behind its colon.")
     return readings[0][1]
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]} ..."
 
 
 def _same(first: BlockWeights, second: BlockWeights, blocks: Blocks) -> bool:
@@ -120,15 +134,15 @@ def _no_reading(text: str, blocks: Blocks, dialect: str, presets: Mapping[str, s
     written = quoted(text)
     if text.startswith("@"):
         return f"block weights: {written} stands for the lines of a test, of which each is a text of its own; it can only stand in Block Weights"
-    bare = text.partition(":")[2] if ":" in text else text
+    label, bare = block_vectors.without_label(text)
+    if block_tags.is_elemental(text):
+        return f"block weights: {written} is not read: {block_tags.elemental_rule(blocks)}"
     if block_vectors.looks_like_a_list(bare):
         size = len(block_vectors.fields(bare))
-        if dialect == "auto" and ":" in text and any(kind.dialect == "kohya" and len(kind.slots) == size for kind in block_vectors.lists_of(blocks)):
+        if dialect == "auto" and label and any(kind.dialect == "kohya" and len(kind.slots) == size for kind in block_vectors.lists_of(blocks)):
             return (f"block weights: {size} numbers with a name are no list for this model: kohya alone has one of {size}, and kohya's lists have no names. "
                     f"Choose the dialect kohya if it is a preset and kohya's, leave out the name if it stands here; or {example}")
-        names = ", ".join(block_vectors.models_with(size))
-        whose = "" if dialect == "auto" else f" of dialect {dialect}"
-        return f"block weights: {size} numbers are no list{whose} for this model{f'; they are one for {names}' if names else ''}. {takes}"
+        return f"block weights: {size} numbers are no list{'' if dialect == 'auto' else f' of dialect {dialect}'} for this model{_whose(size, blocks, dialect)}. {takes}"
     from difflib import get_close_matches  # for an error only
 
     spellings = {name.lower(): name for name in presets}
@@ -137,6 +151,16 @@ def _no_reading(text: str, blocks: Blocks, dialect: str, presets: Mapping[str, s
     if dialect != "auto":
         return f"block weights: {written} is no preset and no text of dialect {dialect} for this model{offered}; {dialect} means {DIALECTS[dialect]}"
     return f"block weights: {written} is no preset and has no form that block weights are written in{offered}. {takes}"
+
+
+def _whose(size: int, blocks: Blocks, dialect: str) -> str:
+    """Of which dialect or which models a list of that length is, for an error."""
+    others = dict.fromkeys(kind.dialect for kind in block_vectors.lists_of(blocks) if len(kind.slots) == size and kind.dialect in DIALECTS)
+    if dialect != "auto" and others:
+        locon = ", and inspire's for LoCon files has 27: no IN00, three MID" if (dialect, size) == ("inspire", 26) else ""
+        return f"; one of {size} is {' and '.join(others)}'s{locon}: choose the dialect {' or '.join(others)} in Block Weights, or write lbw= before the list if it is webui's"
+    names = ", ".join(block_vectors.models_with(size))
+    return f"; they are one for {names}" if names else ""
 
 
 def _example(blocks: Blocks) -> str:
@@ -152,11 +176,9 @@ def _native(text: str, blocks: Blocks, tokens: Tokens) -> BlockWeights | None:
 
 def _list(dialect: str) -> Callable:
     def reader(text: str, blocks: Blocks, tokens: Tokens) -> BlockWeights | None:
-        label, colon, rest = text.partition(":")
-        if colon and not re.search(r"[=\[{]", label):
-            if dialect == "kohya":  # which has no names
-                return None
-            text = rest
+        label, text = block_vectors.without_label(text)
+        if label and dialect == "kohya":  # which has no names
+            return None
         return block_vectors.read_list(text, blocks, dialect, tokens)
     return reader
 
@@ -218,18 +240,20 @@ def _realtime_named(text: str, blocks: Blocks, tokens: Tokens) -> BlockWeights |
 
 
 def _tabs(text: str, blocks: Blocks, tokens: Tokens) -> BlockWeights | None:
-    """`1<TAB>name<TAB>1,1,...`, or the list alone."""
+    """`1<TAB>name<TAB>1,1,...`, without the number, or the list alone."""
     columns = text.split("\t")
-    return block_vectors.read_list(columns[-1], blocks, "tabs", tokens) if len(columns) in (1, 3) else None
+    return block_vectors.read_list(columns[-1], blocks, "tabs", tokens) if len(columns) <= 3 else None
 
 
 def _kohya_json(text: str, blocks: Blocks, tokens: Tokens) -> BlockWeights | None:
     if not text.startswith("["):
         return None
     try:
-        numbers = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        numbers = read_json(text)
+    except ValueError as error:
         raise TriLoRAError(f"block weights: {quoted(text)} is no JSON list ({error})") from None
+    if any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in numbers):
+        raise TriLoRAError(f"block weights: {quoted(text)} holds something else than numbers")
     return block_vectors.read_list(",".join(map(str, numbers)), blocks, "kohya JSON", tokens)
 
 

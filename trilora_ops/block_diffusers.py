@@ -8,14 +8,13 @@ attention cannot be named there and keeps 1, the middle block's residual layers 
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping
 
 from .block_selectors import quoted
 from .block_syntax import BlockWeights
 from .block_vectors import Tokens, compact
 from .blocks import Blocks
+from .bounds import LARGEST, read_json
 from .errors import TriLoRAError
 
 # text_encoder, text_encoder_2, text_encoder_3
@@ -28,8 +27,8 @@ def read(text: str, blocks: Blocks, tokens: Tokens) -> BlockWeights | None:
     if not text.startswith("{"):
         return None
     try:
-        scales = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        scales = read_json(text)
+    except ValueError as error:
         raise TriLoRAError(f"block weights: {quoted(text)} is no JSON dictionary ({error}); write names and keys in double quotes") from None
     places: list[tuple[str, float]] = []
     encoders = _encoders(blocks)
@@ -90,6 +89,7 @@ def _block(part: str, name: str, scale, there: tuple[int, ...], blocks: Blocks) 
 
 
 def _number(value, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
-        raise TriLoRAError(f"block weights: {quoted(name)} has {quoted(value) if isinstance(value, str) else str(value)[:20]} in the dictionary, where a number belongs")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
+        got = quoted(value) if isinstance(value, str) else {dict: "a dictionary", list: "a list"}.get(type(value)) or str(value)
+        raise TriLoRAError(f"block weights: {quoted(name)} has {got} in the dictionary, where a number from -{LARGEST:,.0f} to {LARGEST:,.0f} belongs")
     return float(value)

@@ -57,6 +57,8 @@ def read(text: str, blocks: Blocks, tokens: Tokens) -> BlockWeights | None:
 def _learning_rates(name: str, given: dict[str, str], members: Sequence[str], group: str) -> list[tuple[str, float]]:
     word, _, base = given[name].partition("+")
     n, last = len(members), max(len(members) - 1, 1)
+    if not members:
+        raise TriLoRAError(f"block weights: {name} names no blocks of this model")
     rising = {"sine": [math.sin(math.pi / 2 * i / last) for i in range(n)], "linear": [i / last for i in range(n)], "zeros": [0.0] * n}
     curves = rising | {"cosine": rising["sine"][::-1], "reverse_linear": rising["linear"][::-1]}
     if word.strip() in curves and group != "MID":

@@ -12,14 +12,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 
 from .block_presets import BUILT_IN
-from .block_selectors import Selector
+from .block_selectors import Selector, quoted
 from .block_syntax import BlockWeights, written
 from .blocks import TEXT_GROUPS, Blocks, Place
+from .bounds import read_json
 from .errors import TriLoRAError
 from .plan_texts import read_numbers
 from .registry import RESIDUALS, TRANSFORMS, Method
 
 METADATA = "trilora.block_plan"
+_MOST_PLANS = 100  # of a chain that metadata hold
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class _Step:
         if alpha and (low := min(alpha.default, *_values(alpha), 0)) < 0:
             raise TriLoRAError(f"block plan: alpha: {_where(alpha, low)}: alpha is a positive number, or 0 for the method's own")
         if alpha and not any(f.name == "alpha" for f in fields(method.residual)):
-            raise TriLoRAError(f"block plan: alpha={plan.alpha!r}: {method.name} has no alpha; leave this text empty")
+            raise TriLoRAError(f"block plan: alpha={quoted(plan.alpha)}: {method.name} has no alpha; leave this text empty")
         rate = read_numbers("learning_rate", plan.learning_rate, blocks, presets, 1) if plan.learning_rate.strip() else None
         if rate and (low := min(rate.default, *_values(rate), 0)) < 0:
             raise TriLoRAError(f"block plan: learning_rate: {_where(rate, low)}: a factor of the learning rate is a positive number, or 0 for a layer that is not trained")
@@ -143,14 +145,17 @@ def from_metadata(text: str) -> BlockPlan:
     """Raises TriLoRAError for a text that is not one of ours, or has a method that this release does not know."""
     try:
         plan = None
-        for entry in reversed(json.loads(text)):
+        entries = read_json(text)
+        if len(entries) > _MOST_PLANS:
+            raise ValueError(f"{len(entries):,} plans, at most {_MOST_PLANS} are read")
+        for entry in reversed(entries):
             method = entry["method"] and Method(*(_config(kinds, entry["method"][part]) for part, kinds in (("residual", RESIDUALS), ("transform", TRANSFORMS))))
             texts = [entry[name] for name in ("rank", "alpha", "learning_rate")]
             if not all(isinstance(t, str) for t in texts):
                 raise TypeError(texts)
             plan = BlockPlan(*texts, method, plan)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise TriLoRAError(f"its {METADATA} cannot be read ({error}); update ComfyUI-TriLoRA, or write the plan anew") from None
+        raise TriLoRAError(f"its {METADATA} cannot be read ({error!s:.200}); update ComfyUI-TriLoRA, or write the plan anew") from None
     if plan is None:
         raise TriLoRAError(f"its {METADATA} holds no plan; write the plan anew")
     return plan
@@ -174,4 +179,8 @@ def _values(weights: BlockWeights) -> list[float]:
 
 
 def _where(weights: BlockWeights, value: float) -> str:
-    return f"{next((selector.text for selector, found in weights.rules if found == value), 'default')}={written(value)}"
+    return f"{next((_short(selector.text) for selector, found in weights.rules if found == value), 'default')}={written(value)}"
+
+
+def _short(selector: str) -> str:
+    return selector if len(selector) <= 80 else f"{selector[:70]} ..."

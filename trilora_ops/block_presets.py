@@ -59,8 +59,11 @@ _WEBUI_LISTS = {
     "SD-LyCOBODY": "1*13 0*5 1*8", "SD-LyCOFACE": "1 0*13 1*7 0*5", "SD-LyCOFACE0.5": "1 0*13 0.2 0.5 0.8 1*3 0.2 0*5",
     "SD-LyCOCLOTH": "1*8 0 0.2*3 0*4 0.5 0.8 1*2 0.2 0*5", "SD-LyCOPOSE": "1 0*8 0.2 1*9 0*7",
     "SD-LyCOKEEPBG": "1*9 0.2 0.4 0.8 1*2 0.8 0.4 0.2*2 0*2 0.8 1*3 0*2", "SD-LyCOPALETTE": "1 0*19 0.8 1*5",
-    # Block-wise LoRA's levels of the U-Net, with the text encoder; the upper one of SDXL holds no attention
+    # Block-wise LoRA's levels of the U-Net, with the text encoder
     "Block-wise full (SD1.x)": "1*26", "Block-wise full (SDXL)": "1*20",
+}
+# in which BASE means the text encoders alone; the upper one of SDXL holds no attention
+_WEBUI_LISTS_OF_BLOCKS = {
     "Block-wise upper (SD1.x)": "1 0 1*3 0*18 1*3", "Block-wise middle (SD1.x)": "1 0*4 1*3 0*12 1*3 0*3", "Block-wise bottom (SD1.x)": "1 0*7 1*3 0*6 1*3 0*6",
     "Block-wise upper (SDXL)": "1 0 1*3 0*12 1*3", "Block-wise middle (SDXL)": "1 0*4 1*3 0*6 1*3 0*3", "Block-wise bottom (SDXL)": "1 0*7 1*6 0*6",
 }
@@ -68,6 +71,7 @@ _WEBUI_LISTS = {
 BUILT_IN: dict[str, str] = {
     **{name: _list(runs) for name, runs in _LISTS.items()},
     **{name: f"lbw={_list(runs)}" for name, runs in _WEBUI_LISTS.items()},
+    **{name: f"lbw={_list(runs)}, EMB=0, FINAL=0" for name, runs in _WEBUI_LISTS_OF_BLOCKS.items()},
     **{name: f"LBW={_list(runs)};" for name, runs in _INSPIRE_LISTS.items()},
     "double blocks only": "default=0, D=1",
     "single blocks only": "default=0, S=1",

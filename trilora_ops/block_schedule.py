@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from .block_selectors import Selector, Selectors, quoted
 from .block_syntax import CHARACTERS, NUMBER, default_and_rules, number, written
 from .blocks import Blocks, Place
+from .bounds import ITEMS, check_count, check_length
 from .errors import TriLoRAError
 
 # share of the way from one point to the next at x of the time between them
@@ -37,9 +38,10 @@ EASINGS = {
     "step": lambda x: 0.0,
 }
 _CURVES = "write a number, points like 0:1, 0.4:1, 0.6:0, a change like 1 -> 0 cosine, or a window like start=0.2 stop=0.6"
-_SELECTOR = r"(?:/(?:\\.|[^\\/\n])+/[^,:;\n]*|[^/,:;\n]+)"  # a /pattern/ may hold every sign that parts others
-_HEAD = rf"({_SELECTOR}(?:,[ \t]*{_SELECTOR})*):"
-_LINE = re.compile(rf"\s*((?:{_HEAD})?[^;\n]*)[;\n]?")
+_SELECTOR = re.compile(r"/(?:\\.|[^\\/\n])+/[^,:;\n]*|[^/,:;\n]+")  # a /pattern/ may hold every sign that parts others
+_BLANKS = re.compile(r"[ \t]*")
+_TO_THE_END = re.compile(r"[^;\n]*")
+_MOST_POINTS = 500  # of a curve
 
 
 @dataclass(frozen=True)
@@ -115,14 +117,15 @@ def parse(text: str) -> Schedule:
 
     Raises TriLoRAError, with the line, for what is no curve. Whether the selectors match anything is asked by `Schedule.on`.
     """
+    check_length(text, "schedule: the text")
     named: list[tuple[str, Curve]] = []
-    for match in _LINE.finditer(text.translate(CHARACTERS)):
-        if line := match[1].strip():
-            try:
-                selectors, curve = _read_line(line)
-            except TriLoRAError as error:
-                raise _in_line(line, error) from None
-            named += [(selector, curve) for selector in selectors]
+    for line in _lines(text.translate(CHARACTERS)):
+        try:
+            selectors, curve = _read_line(line)
+        except TriLoRAError as error:
+            raise _in_line(line, error) from None
+        named += [(selector, curve) for selector in selectors]
+        check_count(len(named), "schedule: selectors", ITEMS)
     default, rules = default_and_rules(named, Curve())
     return Schedule(default, tuple(rules))
 
@@ -159,19 +162,43 @@ def _without_repeats(found) -> tuple[tuple[float, float], ...]:
     return tuple(kept)
 
 
+def _lines(text: str) -> Iterator[str]:
+    """The lines of a text, which end with a line end or a semicolon outside a pattern."""
+    position = 0
+    while position < len(text):
+        head = _head(text, position)
+        end = _TO_THE_END.match(text, head[1] if head else position).end()
+        if line := text[position:end].strip():
+            yield line
+        position = end + 1
+
+
+def _head(text: str, position: int) -> tuple[list[str], int] | None:
+    """(selectors, where the curve behind their colon begins) of a line that begins there; None for one without selectors."""
+    selectors = []
+    while match := _SELECTOR.match(text, _BLANKS.match(text, position).end()):
+        selectors.append(match[0].strip())
+        position = match.end() + 1
+        mark = text[position - 1 : position]
+        if mark != ",":
+            return (selectors, position) if mark == ":" else None
+    return None
+
+
 def _read_line(line: str) -> tuple[list[str], Curve]:
     """(selectors, curve) of one line; without a selector it is for `default`."""
-    match = re.match(_HEAD, line)
+    head = _head(line, 0)
     # a point's time and a window's words are no selectors
-    if not match or re.fullmatch(NUMBER, match[1].strip()) or "=" in match[1] and not match[1].startswith("/"):
+    if not head or re.fullmatch(NUMBER, line[: head[1] - 1].strip()) or ("=" in line[: head[1]] and not line.startswith("/")):
         return ["default"], read_curve(line)
-    return [text.strip() for text in re.findall(rf"\s*{_SELECTOR}", match[1])], read_curve(line[match.end() :])
+    return head[0], read_curve(line[head[1] :])
 
 
 def read_curve(text: str) -> Curve:
     """One curve. Raises TriLoRAError that says what is wrong with it."""
-    words = re.sub(r"\s*(:|->|=)\s*", r"\1", text.strip()).replace(":st", " st")
+    words = re.sub(r" ?(:|->|=) ?", r"\1", " ".join(text.split())).replace(":st", " st")
     tokens = [word for word in re.split(r"[,\s]+", words) if word]
+    check_count(max(len(tokens), 1 + words.count("->")), "points of a curve", _MOST_POINTS)
     if not tokens:
         raise TriLoRAError(f"there is no curve; {_CURVES}")
     if any("=" in token for token in tokens):

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 
 from .blocks import EMB, KINDS, TEXT_GROUPS, VISION, Blocks, Place
+from .bounds import PATTERNS, check_count, few, quoted
 from .errors import TriLoRAError
+from .patterns import Pattern
+
+__all__ = ["Selector", "Selectors", "quoted"]
 
 # the layers that a text encoder can have which is not connected: its words are then read, and match nothing
 _LAYERS = 64
 # what other programs call blocks -> what they are here
 _ELSEWHERE = {"M00": "MID", "BASE": "TE", "CLIP": "TE"}
-_LONGEST = 80  # of what an error repeats
+_LONGEST = 80  # of a word for which near ones are looked up
 
 
 @dataclass(frozen=True)
 class Selector:
     """text: as it is written in canonical text; blocks: ids and groups, None = every block; kinds: words that must all
-    hold; pattern: a regular expression searched in the name of the weight, "" = any."""
+    hold; pattern: of `patterns`, searched in the name of the weight, "" = any."""
 
     text: str
     blocks: frozenset[str] | None = None
@@ -32,11 +36,11 @@ class Selector:
         return self.blocks is None or place.block in self.blocks or place.group in self.blocks
 
     def matches(self, place: Place) -> bool:
-        return self.covers(place) and self.kinds <= place.kinds and (not self.pattern or bool(self.compiled.search(place.name)))
+        return self.covers(place) and self.kinds <= place.kinds and (not self.pattern or self.compiled.search(place.name))
 
     @cached_property
-    def compiled(self) -> re.Pattern:
-        return re.compile(self.pattern)
+    def compiled(self) -> Pattern:
+        return Pattern(self.pattern)
 
     @property
     def is_whole(self) -> bool:
@@ -63,12 +67,14 @@ class Selectors:
         self._exact = {name.lower(): name for name in names}
         self._loose = {_plain(name): name for name in names}
         self._positions = {block: position for position, block in enumerate(self.ids)}
+        self._deepest = 1 + max(name.count(".") for name in names)  # words of a name
+        self._searched = 0  # patterns read that are more than a name
         self._there = {*blocks.ids, *blocks.groups, None, *(["TE"] if blocks.encoders else [])}
 
     def read(self, text: str) -> Selector:
         """Raises TriLoRAError for a word that names no block, group or kind of the model, and for a bad pattern."""
         if text.startswith("/"):
-            return _pattern(text, self.blocks.names)
+            return self._pattern(text)
         if "-" in text:
             return self._range(text)
         name, rest = self._longest(text)
@@ -85,7 +91,7 @@ class Selectors:
         last, rest = self._longest(right)
         if first and not last:  # only the number: IN04-08
             digits, dot, rest = right.partition(".")
-            last = self._find(re.sub(r"\d+$", digits.strip(), first)) if digits.strip().isdigit() else None
+            last = self._find(re.sub(r"\d+$", digits.strip(), first)) if digits.strip().isdecimal() else None
             rest = dot + rest
         for word, block in ((left, first), (right, last)):
             if block not in self._positions:
@@ -96,10 +102,26 @@ class Selectors:
         span = members[0] if start == end else f"{members[0]}-{members[-1]}"
         return Selector(_with_kinds(span, kinds), frozenset(members), kinds)
 
+    def _pattern(self, text: str) -> Selector:
+        if len(text) < 3 or not text.endswith("/"):
+            raise TriLoRAError(f"block weights: the pattern {quoted(text)} has no end; write /pattern/=number, and \\/ for a slash in it")
+        selector, names = Selector(text, pattern=text[1:-1]), self.blocks.names
+        try:
+            pattern = selector.compiled
+        except TriLoRAError as error:
+            raise TriLoRAError(f"block weights: {error}") from None
+        if pattern.literal is None:
+            self._searched += 1
+            check_count(self._searched, "block weights: patterns", PATTERNS)
+        if names and not pattern.is_in_any(names):
+            raise TriLoRAError(f"block weights: the pattern {quoted(text)} is found in no weight's name, such as {min(names)}; correct it, or connect CLIP if it is "
+                               "for the text encoder")
+        return selector
+
     def _longest(self, text: str) -> tuple[str | None, str]:
         """The longest beginning that is a block or group, and what follows it."""
         words = text.split(".")
-        for count in range(len(words), 0, -1):
+        for count in range(min(len(words), self._deepest), 0, -1):
             name = self._find(".".join(words[:count]))
             if name:
                 return name, "".join(f".{word}" for word in words[count:])
@@ -111,7 +133,7 @@ class Selectors:
 
     def _kinds(self, text: str, item: str, name: str | None) -> frozenset[str]:
         kinds = frozenset(word.strip().lower() for word in text.split(".")[1:])
-        if any(kind.isdigit() for kind in kinds):  # TE1.12 of an encoder with 12 layers, IN.4
+        if any(kind.isdecimal() for kind in kinds):  # TE1.12 of an encoder with 12 layers, IN.4
             raise TriLoRAError(self._unknown(item))
         there = self.blocks.kinds if name in self._there else frozenset(KINDS)  # what is not connected may have any kind
         for kind in sorted(kinds - there):
@@ -126,27 +148,7 @@ class Selectors:
         near = get_close_matches(word.replace(".", ""), sorted(self._there - {None}), 3) if len(word) <= _LONGEST else []
         meant = self._find(_ELSEWHERE.get(word, ""))
         hint = f"; here it is called {meant}" if meant else f" (near it: {', '.join(near)})" if near else ""
-        return f"block weights: {quoted(text.strip())} names no block of this model{hint}; it has {', '.join(there)}"
-
-
-def quoted(text: str) -> str:
-    """Text as an error repeats it, in quotes, and cut where it is very long."""
-    return repr(text if len(text) <= _LONGEST else f"{text[:_LONGEST - 10]} ...")
-
-
-def _pattern(text: str, names: Collection[str]) -> Selector:
-    """names: of the model's weights, empty = unknown."""
-    pattern = text[1:-1]
-    if len(text) < 3 or not text.endswith("/"):
-        raise TriLoRAError(f"block weights: the pattern {quoted(text)} has no end; write /pattern/=number, and \\/ for a slash in it")
-    try:
-        search = re.compile(pattern).search
-    except re.error as error:
-        raise TriLoRAError(f"block weights: the pattern {quoted(text)} is no regular expression ({error})") from None
-    if names and not any(map(search, names)):
-        raise TriLoRAError(f"block weights: the pattern {quoted(text)} is found in no weight's name, such as {min(names)}; correct it, or connect CLIP if it is "
-                           "for the text encoder")
-    return Selector(text, pattern=pattern)
+        return f"block weights: {quoted(text.strip())} names no block of this model{hint}; it has {few(there, 20)}"
 
 
 def _with_kinds(name: str, kinds: Iterable[str]) -> str:

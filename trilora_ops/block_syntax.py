@@ -19,12 +19,15 @@ from typing import TypeVar
 from .block_presets import BUILT_IN
 from .block_selectors import Selector, Selectors, quoted
 from .blocks import Blocks, Place
+from .bounds import ITEM, ITEMS, LARGEST, check_count, check_length
 from .errors import TriLoRAError
 
-NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?"
 # commas, equals signs, colons, semicolons and per cent signs as East Asian keyboards write them, and the printed minus
 CHARACTERS = {0xFF0C: ",", 0x3001: ",", 0xFF1D: "=", 0xFF1A: ":", 0xFF1B: ";", 0xFF05: "%", 0x2212: "-"}
 _Value = TypeVar("_Value")
+_BETWEEN = re.compile(r"[\s,]*")
+_ITEM = re.compile(r"/(?:\\.|[^\\/\n])*/[^,\n]*|[^,\n]+")
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def expand(text: str, blocks: Blocks, dialect: str = "auto", *, a: float = 1.0, 
         return [parse(text, blocks, dialect, a=a, b=b, seed=seed, presets=presets)]
     from .block_preset_files import lines_of_test
 
-    lines = lines_of_test(f"{text}:{presets[text]}" if text in presets else text)
+    lines = lines_of_test(f"{text}:{presets[text]}" if text in presets else text, blocks)
     return [parse(line, blocks, "inspire", a=a, b=b, seed=seed, presets=presets) for _, line in lines]
 
 
@@ -114,14 +117,29 @@ def default_and_rules(named: Iterable[tuple[str, _Value]], default: _Value) -> t
 def items(text: str) -> list[tuple[str, float]]:
     """`name=number` items, separated by commas or newlines; a /pattern/ may hold both and "="."""
     found = []
-    for item in re.findall(r"\s*(/(?:\\.|[^\\/\n])*/[^,\n]*|[^,\n]+)", text):
+    for _, item in split(text):
         cut = item.rpartition("=") if item.startswith("/") else item.partition("=")
         name, equals, value = (word.strip() for word in cut)
         if not name and not value:
             continue
         if not equals or not name:
-            raise TriLoRAError(f"block weights: {quoted(item.strip())} is not selector=number; write for example IN04-IN08=0.5")
-        found.append((name, number(value, item.strip())))
+            raise TriLoRAError(f"block weights: {quoted(item)} is not selector=number; write for example IN04-IN08=0.5")
+        found.append((name, number(value, item)))
+    return found
+
+
+def split(text: str) -> list[tuple[int, str]]:
+    """(where it begins, item) of each item of a text, separated by commas or newlines; a /pattern/ may hold a comma.
+
+    Raises TriLoRAError for an item that is too long, and too many of them.
+    """
+    found, position = [], _BETWEEN.match(text).end()
+    while position < len(text):
+        item = _ITEM.match(text, position)
+        found.append((position, item[0].strip()))
+        check_length(found[-1][1], f"block weights: {quoted(item[0])}", ITEM)
+        position = _BETWEEN.match(text, item.end()).end()
+    check_count(len(found), "block weights: items", ITEMS)
     return found
 
 
@@ -131,8 +149,8 @@ def number(text: str, item: str) -> float:
     if not re.fullmatch(NUMBER, text):
         raise TriLoRAError(f"block weights: {where} is not a number; write one like 0.5, -1 or 1e-1")
     value = float(text)
-    if value in (float("inf"), float("-inf")):
-        raise TriLoRAError(f"block weights: {where} is too large")
+    if abs(value) > LARGEST:
+        raise TriLoRAError(f"block weights: {where} is too large; a number is between -{LARGEST:,.0f} and {LARGEST:,.0f}")
     return value
 
 

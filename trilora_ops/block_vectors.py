@@ -24,6 +24,9 @@ MAIN = {"unet": ("IN", "MID", "OUT"), "sd3": ("J",), "flux": ("D", "S"), "hunyua
         "kandinsky5": ("V",)}
 
 
+_WORD = re.compile(r"[+-]?[\d.]+(?:[eE][+-]?\d+)?|[ABRUXabrux](?:[+-][\d.]+)?")
+
+
 @dataclass(frozen=True)
 class List:
     """dialect: who writes it; slots: what each number is for; rest: the number of what no slot names; note: what it is."""
@@ -96,13 +99,25 @@ def _unet_lists(inputs: int, middle: int, outputs: int) -> list[List]:
 
 def fields(text: str) -> list[str]:
     """The slots of a written list: separated by commas or line ends, a last comma is ignored."""
-    return re.split(r"\s*,\s*|\s*\n\s*", re.sub(r"\s*,\s*$", "", text.strip()))
+    found = []
+    for part in text.strip().removesuffix(",").split(","):
+        found += [line.strip() for line in part.split("\n") if line.strip()] or [""]
+    return found
+
+
+def without_label(text: str) -> tuple[str, str]:
+    """(label, list) of `LABEL:list` and of `LABEL<TAB>list`; ("", text) for any other text."""
+    for mark in ":\t":
+        label, there, rest = text.partition(mark)
+        if there and not re.search(r"[=\[{]", label) and (mark == ":" or text.count(mark) == 1):
+            return label, rest
+    return "", text
 
 
 def looks_like_a_list(text: str) -> bool:
     """At least two slots, each a number or a token of some dialect, or several of them with spaces between."""
-    word = r"(?:[+-]?[\d.]+(?:[eE][+-]?\d+)?|[ABRUXabrux](?:[+-][\d.]+)?)"
-    return all(re.fullmatch(rf"(?:{word}(?: +{word})*)?", slot) for slot in fields(text)) and len(fields(text)) > 1
+    slots = fields(text)
+    return len(slots) > 1 and all(map(_WORD.fullmatch, (word for slot in slots for word in slot.split(" ") if word)))
 
 
 def read_list(text: str, blocks: Blocks, dialect: str, tokens: Tokens) -> BlockWeights | None:
@@ -115,11 +130,11 @@ def read_list(text: str, blocks: Blocks, dialect: str, tokens: Tokens) -> BlockW
     words = fields(text)
     for kind in lists_of(blocks):
         if kind.dialect == dialect and len(kind.slots) == len(words):
-            return spread(kind, values(words, kind, tokens), blocks)
+            return spread(kind, values(words, kind, blocks, tokens), blocks)
     return None
 
 
-def values(words: Sequence[str], kind: List, tokens: Tokens) -> list[float]:
+def values(words: Sequence[str], kind: List, blocks: Blocks, tokens: Tokens) -> list[float]:
     """The numbers of a list's slots; random tokens are drawn in the order of the slots."""
     generator = None
 
@@ -149,9 +164,18 @@ def values(words: Sequence[str], kind: List, tokens: Tokens) -> list[float]:
         ratios = [value(word, item) for word in (text.split() if kind.dialect == "inspire" else [text])]
         if len(set(ratios)) > 1:
             raise TriLoRAError(f"block weights: {item} is {quoted(text)}, one number for each weight in the order of a file; an order of a file is no place in "
-                               f"the model. Write what the numbers are meant for, for example {slot}.self=0.5, {slot}.mlp=1")
+                               f"the model. Write what the numbers are meant for, for example {parts_of(slot, blocks)}")
         found.append(ratios[0])
     return found
+
+
+def parts_of(slot: str, blocks: Blocks) -> str:
+    """An example of a text for parts of a slot: "MID.self=0.5, MID.mlp=1"."""
+    name = "TE" if slot == "BASE" else slot.split()[0]
+    there = [kind for kind in ("self", "attn", "mlp", "conv", "norm") if kind in blocks.kinds]
+    if name.startswith("/") or not there:
+        return f"{name}=0.5"
+    return ", ".join(f"{name}.{kind}={value}" for kind, value in zip(there[:3:2] if "self" in there else there[:2], ("0.5", "1"), strict=False))
 
 
 def spread(kind: List, numbers: Sequence[float], blocks: Blocks) -> BlockWeights:

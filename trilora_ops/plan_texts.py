@@ -6,10 +6,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
+from .block_changes import split_changes, with_changes
+from .block_selectors import quoted
 from .block_syntax import CHARACTERS, BlockWeights, parse
 from .block_tags import inner
-from .block_vectors import Tokens, compact, fields, lists_of, looks_like_a_list, outside, values
+from .block_vectors import Tokens, compact, fields, lists_of, looks_like_a_list, outside, values, without_label
 from .blocks import Blocks
+from .bounds import check_length
 from .errors import TriLoRAError
 
 _DEFAULT = r"(?i)(?:^|[,\n])\s*default\s*="
@@ -32,11 +35,15 @@ def read_numbers(name: str, text: str, blocks: Blocks, presets: Mapping[str, str
     """
     if not text.strip():
         return BlockWeights(float(neutral))
+    check_length(text, f"block plan: {name}: the text")
     content = presets.get(text.strip(), text).strip().translate(CHARACTERS)
+    begin, changes = split_changes(content, presets)
     try:
+        if changes:
+            return with_changes(read_numbers(name, begin, blocks, presets, neutral), changes, blocks)
         weights = _arguments(name, content, blocks) or _list(content, blocks) or parse(text, blocks, presets=presets)
     except TriLoRAError as error:
-        raise TriLoRAError(f"block plan: {name}: {str(error).removeprefix('block weights: ')}") from None
+        raise TriLoRAError(f"block plan: {name}: {str(error).removeprefix('block weights: ').removeprefix(f'block plan: {name}: ')}") from None
     if _is_list(content, presets):
         weights = replace(weights, rules=tuple(rule for rule in weights.rules if rule[0].text not in outside(blocks)))
     # block weights are 1 where their text says nothing
@@ -50,9 +57,7 @@ def _is_list(text: str, presets: Mapping[str, str]) -> bool:
         if text.startswith(mark):
             text = text[len(mark):].partition(end)[0].strip()
             text = presets.get(text, text)
-    label, colon, rest = text.partition(":")
-    if colon and not re.search(r"[=\[{]", label):
-        text = rest
+    text = without_label(text)[1]
     return text.startswith("[") or looks_like_a_list(text)
 
 
@@ -67,7 +72,7 @@ def _arguments(name: str, text: str, blocks: Blocks) -> BlockWeights | None:
     if not given:
         return None
     if first.strip(_AROUND):
-        raise TriLoRAError(f"{first.strip()!r} stands before {parts[0]}; write either arguments of sd-scripts or selector=number")
+        raise TriLoRAError(f"{quoted(first.strip())} stands before {parts[0]}; write either arguments of sd-scripts or selector=number")
     own = {argument: value for argument, value in given.items() if belongs.get(argument) == name}
     rates = [argument for argument in given if argument in _RATES]
     if rates and (name == "learning_rate" or not own):
@@ -91,7 +96,7 @@ def _list(text: str, blocks: Blocks) -> BlockWeights | None:
     words = fields(text) if looks_like_a_list(text) else []
     for kind in lists_of(blocks):
         if kind.dialect == "kohya" and len(kind.slots) == len(words):
-            numbers = values(words, kind, Tokens())
+            numbers = values(words, kind, blocks, Tokens())
             marked = compact(float("inf"), zip(kind.slots, numbers, strict=True), blocks)  # no number of a list is infinite
             return replace(marked, default=0.0)
     return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 from . import registry
+from .bounds import ITEM, check_length, quoted
 from .errors import TriLoRAError
 from .registry import Method
 
@@ -42,24 +43,25 @@ def build_method(pair: str, transform_size: int = 0, rank: int = 0, options: str
         or repeated name, a value of another type, and whatever the configurations refuse.
     """
     if pair not in pairs():
-        raise TriLoRAError(f"pair={pair!r}: choose one of {', '.join(pairs())}")
+        raise TriLoRAError(f"pair={quoted(pair)}: choose one of {', '.join(pairs())}")
     transform, residual = pairs()[pair]
     configs = {"transform": registry.TRANSFORMS[transform], "residual": registry.RESIDUALS[residual]}
     values: dict[str, dict] = {part: {} for part in configs}
     for part, size in (("transform", transform_size), ("residual", rank)):
         if size and configs[part].SIZE:
             values[part][configs[part].SIZE] = size
+    check_length(options, "options: the text", ITEM)
     for entry in filter(None, map(str.strip, options.split(","))):
         name, equals, text = (word.strip() for word in entry.partition("="))
         part, field = _find(name if equals else entry, pair, configs)
         if not equals:
-            raise TriLoRAError(f"options: {entry!r} has no value; write {_written(name, field)}")
+            raise TriLoRAError(f"options: {quoted(entry)} has no value; write {_written(name, field)}")
         if field.name in values[part]:
             raise TriLoRAError(f"options: {name} is given twice, where a size above 0 counts; leave one out")
         try:
             values[part][field.name] = _READ[type(field.default)](text)
         except ValueError:
-            raise TriLoRAError(f"options: {entry!r} cannot be read; write {_written(name, field)}") from None
+            raise TriLoRAError(f"options: {quoted(entry)} cannot be read; write {_written(name, field)}") from None
     return Method(**{part: config(**values[part]) for part, config in configs.items()})
 
 
@@ -75,7 +77,7 @@ def _find(name: str, pair: str, configs: dict[str, type]) -> tuple[str, dataclas
     if len(full) != 1:
         offered = ", ".join(_written(key, field) for key, (_, field) in known.items()) or "no options"
         problem = f"is both {' and '.join(full)}" if full else "is unknown"
-        raise TriLoRAError(f"options: {name!r} {problem}; {pair} has {offered}")
+        raise TriLoRAError(f"options: {quoted(name)} {problem}; {pair} has {offered}")
     return known[full[0]]
 
 
