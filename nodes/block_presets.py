@@ -15,11 +15,14 @@ from dataclasses import dataclass
 
 import folder_paths
 
+from ..trilora_ops.bounds import FILE, quoted
 from ..trilora_ops.errors import TriLoRAError
 
 log = logging.getLogger("trilora")
 _USER = "default"  # the host's only user, unless it was started for several
 _FOLDER = ("trilora", "presets")
+_MOST_FILES = 100
+_SHOWN = 5  # faults that an error names
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def user_presets() -> Iterator[dict[str, str]]:
     except TriLoRAError as error:
         if not files.faults:
             raise
-        raise TriLoRAError("; ".join([str(error).rstrip("."), *files.faults])) from None
+        raise TriLoRAError("; ".join([str(error).rstrip("."), *files.faults[:_SHOWN]])) from None
 
 
 def preset_files() -> PresetFiles:
@@ -69,15 +72,21 @@ def preset_files() -> PresetFiles:
     names = sorted(name for name in os.listdir(folder) if name.endswith(".txt")) if os.path.isdir(folder) else []
     found: dict[str, Preset] = {}
     faults, unclear = [], set()
-    for name in names:
+    if len(names) > _MOST_FILES:
+        faults.append(f"presets: the folder has {len(names):,} files, of which the first {_MOST_FILES} are read")
+    for name in names[:_MOST_FILES]:
         file = _read(os.path.join(folder, name), name)
         faults += file.faults
         unclear |= file.unclear
+        clashes = []
         for preset in file.presets:
             other = found.setdefault(preset.name, preset)
             if other.text != preset.text:
                 unclear.add(preset.name)
-                faults.append(f"presets/{name} line {preset.line}: {preset.name!r} has another meaning in presets/{other.file} line {other.line}; rename one of them")
+                clashes.append(f"presets/{name} line {preset.line}: {quoted(preset.name)} has another meaning in presets/{other.file} line {other.line}; rename one of them")
+        faults += clashes[:_SHOWN]
+        if len(clashes) > _SHOWN:
+            faults.append(f"presets/{name}: {len(clashes) - _SHOWN} more names have another meaning in other files")
     _tell(tuple(faults))
     return PresetFiles(tuple(preset for preset in found.values() if preset.name not in unclear), tuple(faults), frozenset(unclear))
 
@@ -85,13 +94,15 @@ def preset_files() -> PresetFiles:
 @functools.lru_cache(maxsize=1)
 def _tell(faults: tuple[str, ...]) -> None:
     if faults:
-        log.warning("block weights: not all of your presets can be used: %s", "; ".join(faults))
+        log.warning("block weights: not all of your presets can be used: %s", "; ".join(faults[:_SHOWN]))
 
 
 def _read(path: str, name: str) -> PresetFiles:
+    if not os.path.isfile(path):  # a pipe would be waited for
+        return PresetFiles((), (f"presets/{name}: not a file",))
     try:
         with open(path, "rb") as opened:
-            return _presets(opened.read(), name)
+            return _presets(opened.read(FILE + 1), name)
     except OSError as error:
         return PresetFiles((), (f"presets/{name}: not readable ({error})",))
 
@@ -101,6 +112,8 @@ def _presets(content: bytes, name: str) -> PresetFiles:
     from ..trilora_ops.block_preset_files import file_lines, preset_lines
 
     try:
+        if len(content) > FILE:
+            raise TriLoRAError(f"larger than {FILE // 2**20} MiB")
         return PresetFiles(tuple(Preset(preset.name, preset.text, name, preset.line) for preset in preset_lines(content.decode("utf-8-sig"))))
     except UnicodeDecodeError as error:
         fault = f"not readable as UTF-8 text ({error})"

@@ -80,7 +80,8 @@ def presets_in(text: str | None) -> tuple[tuple[str, str], ...]:
     from .block_presets import user_presets
 
     with user_presets() as presets:
-        return tuple(sorted((name, content) for name, content in presets.items() if name.lower() in text.lower()))
+        lower = text.lower()
+        return tuple(sorted((name, content) for name, content in presets.items() if name.lower() in lower))
 
 
 _seen = Seen(presets_in)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ import torch
 
 from ..training.report import describe_run
 from ..trilora_ops.analysis import LayerFacts, analyse
+from ..trilora_ops.bounds import read_json
 from ..trilora_ops.errors import TriLoRAError
 from ..trilora_ops.metadata import title, trigger
 
@@ -69,7 +69,7 @@ def _base(metadata: Mapping[str, str]) -> str:
 def _provenance(metadata: Mapping[str, str]) -> list[str]:
     """The tools that the adapter went through, oldest first, a phrase each."""
     try:
-        steps = json.loads(metadata.get("trilora.provenance", "[]"))
+        steps = read_json(metadata.get("trilora.provenance", "[]"))
         return [", ".join(_phrase(key, value) for key, value in step.items() if value) for step in steps]
     except (ValueError, TypeError, AttributeError):  # another program's
         return []
@@ -77,5 +77,5 @@ def _provenance(metadata: Mapping[str, str]) -> list[str]:
 
 def _phrase(key: str, value) -> str:
     if key == "action":
-        return str(value)
-    return f"{key} " + (f"{len(value)} adapters" if isinstance(value, list) else f"{value:.4g}" if isinstance(value, float) else str(value))
+        return f"{value!s:.200}"
+    return f"{key} " + (f"{len(value)} adapters" if isinstance(value, list) else f"{value:.4g}" if isinstance(value, float) else f"{value!s:.200}")

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import comfy.lora
 import comfy.lora_convert
 
+from ..trilora_ops.bounds import read_json
 from ..trilora_ops.checkpoint import ALPHA, AdapterState
 from ..trilora_ops.errors import TriLoRAError
 from ..trilora_ops.files.low_rank import PAIRS
@@ -104,7 +105,7 @@ def _layer_of(key: str) -> str:
 
 def _with_plan(metadata: Mapping[str, str], renamed: Mapping[str, str]) -> dict[str, str]:
     try:
-        plan = json.loads(metadata["trilora.plan"])
+        plan = read_json(metadata["trilora.plan"])
         return {**metadata, "trilora.plan": json.dumps({renamed.get(name, name): rank for name, rank in plan.items()}, sort_keys=True)}
     except (KeyError, ValueError, AttributeError):  # no plan, or not one of ours
         return dict(metadata)

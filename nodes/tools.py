@@ -151,13 +151,10 @@ class ResizeAdapter(io.ComfyNode):
 
     @classmethod
     def execute(cls, adapter, rank, energy, power, cap, gains="") -> io.NodeOutput:
-        from ..trilora_ops.resize import resize
+        from ..trilora_ops.resize import read_gains, resize
         from .files import as_state
 
-        try:
-            factors = [float(word) for word in gains.replace(",", " ").split()]
-        except ValueError:
-            raise TriLoRAError(f"gains={gains!r}: numbers with commas between them, such as 0, 1, 1.5") from None
+        factors = read_gains(gains)
         with torch.inference_mode(False):
             resized, report = resize(as_state(adapter), rank, energy, power, cap, factors)
         return _report(cls, resized, report.text())

@@ -68,8 +68,8 @@ def _place(path: str, families: list[Family]) -> InFile:
     nearest = {place for place in found if len(place.rest) == min(len(other.rest) for other in found)}
     if len(nearest) == 1:
         return nearest.pop()
-    if match := re.match(r"(.+?)_(\d+)_(?!(?:weight|bias)$)(.+)", path):  # its own first list
-        return InFile(f"{match[1].replace(_UNTOLD, 'transformer_blocks')}.{int(match[2]):02d}", match[3])
+    if match := re.match(r"(.+?)_([0-9]+)_(?!(?:weight|bias)$)(.+)", path):  # its own first list
+        return InFile(f"{match[1].replace(_UNTOLD, 'transformer_blocks')}.{(match[2].lstrip('0') or '0').zfill(2)}", match[3])
     return InFile(BASE, path)
 
 
@@ -146,4 +146,4 @@ def _text(name: str) -> InFile | None:
 def _text_patterns() -> list[re.Pattern]:
     """Of the numbered lists of text encoders, without what some files leave out of the beginning."""
     lists = {re.sub(r"^(transformer\.)?(text_model\.|bert\.)?", "", path) for path in TEXT_ENCODER.places["##"].split()}
-    return [re.compile(re.escape(path.replace(".", "_")).replace(r"\#", r"(\d+)") + "_") for path in sorted(lists, key=len, reverse=True)]
+    return [re.compile(re.escape(path.replace(".", "_")).replace(r"\#", r"(\d{1,9})") + "_") for path in sorted(lists, key=len, reverse=True)]

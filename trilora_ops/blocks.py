@@ -22,7 +22,7 @@ BASE = "BASE"  # what no table and no numbered list holds
 EMB, VISION = "EMB", "VIS"
 # the words for text encoders, in the order in which a CLIP lists them; which of a model's groups are some, it says itself
 TEXT_GROUPS = ("TE1", "TE2", "T5", "LLM", "LLM2")
-_NORM = r"(?i:norm[^.]*|\.ln_[^.]*|_ln)(?:\.(?:scale|gamma|beta))?$"  # the layer itself is one
+_OF_NORM = (".scale", ".gamma", ".beta")
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,8 @@ def _locate(path: str, table: Family) -> tuple[str, str, str]:
         if match := pattern.match(path):
             return (group, match[1].zfill(digits), f"{path[:match.start(1)]}#{path[match.end(1):]}") if digits else (group, "", path)
     # the first numbered list of modules in it; a number right before the weight's own name counts a layer, no block
-    if table is not TEXT_ENCODER and (match := re.match(r"(.+?)\.(\d+)\.(?!(?:weight|bias)$)", path)):
-        return match[1], f".{int(match[2]):02d}", f"{match[1]}.#{path[match.end(2):]}"
+    if table is not TEXT_ENCODER and (match := re.match(r"(.+?)\.([0-9]+)\.(?!(?:weight|bias)$)", path)):
+        return match[1], f".{(match[2].lstrip('0') or '0').zfill(2)}", f"{match[1]}.#{path[match.end(2):]}"
     return BASE, "", path
 
 
@@ -181,7 +181,17 @@ def _kinds(layer: str, table: Family) -> frozenset[str]:
     fitting = [part for part in table.kinds if f".{part}." in f".{layer}.$."]
     largest = [part for part in fitting if not any(part != other and f".{part}." in f".{other}." for other in fitting)]
     words = {word for part in largest for word in table.kinds[part].split()}
-    return frozenset(words | {"norm"} if re.search(_NORM, layer) else words)
+    return frozenset(words | {"norm"} if _is_norm(layer) else words)
+
+
+def _is_norm(layer: str) -> bool:
+    """Whether the layer itself is a normalisation, or holds the numbers of one."""
+    inner = next((layer.removesuffix(end) for end in _OF_NORM if layer.endswith(end)), layer)
+    for path in (layer, inner):
+        _, dot, last = path.lower().rpartition(".")
+        if "norm" in last or last.endswith("_ln") or (dot and last.startswith("ln_")):
+            return True
+    return False
 
 
 def _words(table: Family) -> frozenset[str]:
@@ -191,4 +201,5 @@ def _words(table: Family) -> frozenset[str]:
 
 def numbers_first(text: str) -> list[tuple]:
     """Sorts text with its numbers as numbers, and numbers before words."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text)]
+    parts = re.split(r"([0-9]+)", text)  # words and numbers in turn; not int(), which takes no number of 5,000 digits
+    return [(0, len(part.lstrip("0")), part.lstrip("0")) if number % 2 else (1, 0, part) for number, part in enumerate(parts) if part]

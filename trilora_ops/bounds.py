@@ -6,6 +6,7 @@ Every reader of such a text works in time linear in it; the bounds keep that tim
 from __future__ import annotations
 
 import json
+import re
 
 from .errors import TriLoRAError
 
@@ -13,8 +14,10 @@ TEXT = 2**18  # characters of block weights, of a plan's text, of a schedule; ra
 ITEM = 2000  # characters of one item of them
 ITEMS = 5000  # items, of which each may ask about every weight of a model
 PATTERNS = 100  # patterns of a text that are more than a name, of which each reads the names of a model
+NESTING = 50  # brackets within each other
 FILE = 2**20  # bytes of a file of presets, characters of JSON
 LARGEST = 1e9  # of a strength, a rank, an alpha
+_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 _SHOWN = 80  # characters of a text that an error repeats
 
 
@@ -40,14 +43,16 @@ def few(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def read_json(text: str | bytes):
+def read_json(text: str):
     """What a JSON text holds. Raises ValueError for no JSON, also for JSON that is too long, too deep or has endless numbers."""
     if len(text) > FILE:
         raise ValueError(f"{len(text):,} characters, at most {FILE:,} are read")
-    try:
-        return json.loads(text, parse_int=_whole)
-    except RecursionError:
-        raise ValueError("too many brackets within brackets") from None
+    depth = 0
+    for mark in _BRACKETS.finditer(text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(mark[0], 0)
+        if depth > NESTING:
+            raise ValueError(f"more than {NESTING} brackets within each other")
+    return json.loads(text, parse_int=_whole)
 
 
 def _whole(digits: str) -> int:

@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 from torch import Tensor
 
+from .bounds import read_json
 from .checkpoint import FORMAT, VERSION
 
 _ARCHITECTURE = {("sd1", "eps"): "stable-diffusion-v1/lora", ("sd2", "eps"): "stable-diffusion-v2-512/lora",
@@ -69,7 +70,7 @@ def reworked(metadata: Mapping[str, str], ranks: Mapping[str, int], action: Mapp
     ranks: layer name -> rank; action: what was done, JSON-able; `trilora.provenance` is the list of them, oldest first.
     """
     try:
-        steps = list(json.loads(metadata.get("trilora.provenance", "[]")))
+        steps = list(read_json(metadata.get("trilora.provenance", "[]")))
     except (ValueError, TypeError):  # another program's
         steps = []
     return {**metadata, **_ranks(ranks), "trilora.provenance": json.dumps([*steps, dict(action)])}

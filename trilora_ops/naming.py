@@ -123,7 +123,7 @@ def _diffusers_path(path: str, layout: UNetLayout) -> str:
     for stem, name in _STEM.items():
         if path == stem:
             return name
-    match = re.match(r"(input_blocks|output_blocks)\.(\d+)\.(\d+)\.(.+)", path)
+    match = re.match(r"(input_blocks|output_blocks)\.(\d{1,9})\.(\d{1,9})\.(.+)", path)
     if match:
         side, number, slot, rest = match[1], int(match[2]), int(match[3]), match[4]
         level, index = (layout.inputs if side == "input_blocks" else layout.outputs)[number]
@@ -133,7 +133,7 @@ def _diffusers_path(path: str, layout: UNetLayout) -> str:
         if rest == "conv":
             return f"{parent}.upsamplers.0.conv"
         return f"{parent}.resnets.{index}.{_RESNET.get(rest, rest)}" if slot == 0 else f"{parent}.attentions.{index}.{rest}"
-    match = re.match(r"middle_block\.(\d+)\.(.+)", path)
+    match = re.match(r"middle_block\.(\d{1,9})\.(.+)", path)
     if match:
         slot, rest = int(match[1]), match[2]
         return f"mid_block.attentions.0.{rest}" if slot == 1 else f"mid_block.resnets.{slot // 2}.{_RESNET.get(rest, rest)}"
@@ -141,7 +141,7 @@ def _diffusers_path(path: str, layout: UNetLayout) -> str:
 
 
 def _blocks(keys: list[str], side: str) -> list[int]:
-    pattern = re.compile(rf"{re.escape(PREFIX)}{side}\.(\d+)\.")
+    pattern = re.compile(rf"{re.escape(PREFIX)}{side}\.(\d{{1,9}})\.")
     return sorted({int(m[1]) for k in keys if (m := pattern.match(k))})
 
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .block_syntax import number
+from .bounds import ITEM, check_length, quoted
 from .checkpoint import SVD_MARK, AdapterState, FileLayer, check_finite, part_of, split_layers
 from .errors import TriLoRAError
 from .factors import LowRank, canonicalise, keep_energy, keep_rank, reweight, spectrum, weighted_sum
@@ -40,6 +42,15 @@ class ResizeReport:
         if self.kept:
             lines.append(f"{len(self.kept)} tensors of other kinds were left alone ({', '.join(self.kept[:5])})")
         return "\n".join(lines)
+
+
+def read_gains(text: str) -> list[float]:
+    """Factors of directions from numbers with commas or spaces between them. Raises TriLoRAError for what is none."""
+    check_length(text, "gains: the text", ITEM)
+    try:
+        return [number(word, word) for word in text.replace(",", " ").split()]
+    except TriLoRAError as error:
+        raise TriLoRAError(f"gains={quoted(text)}: {str(error).removeprefix('block weights: ')}; numbers with commas between them, such as 0, 1, 1.5") from None
 
 
 def resize(state: AdapterState, rank: int = 0, energy: float = 0.0, power: float = 1.0, cap: float = 0.0,

@@ -88,7 +88,7 @@ function blockRow(id, group, hands, shown) {
     const touching = weights.touching(id);
     slider.show(value);
     row.classList.toggle("partly", touching.length > 0);
-    row.title = touching.length ? `${id}=${format(value)}; in the text also: ${touching.map((rule) => rule.text).join(", ")}` : "";
+    row.title = touching.length ? `${id}=${format(value)}; in the text also: ${touching.slice(0, 10).map((rule) => rule.text).join(", ")}${touching.length > 10 ? ", ..." : ""}` : "";
   });
   return row;
 }
