@@ -178,7 +178,7 @@ def test_single_weights_of_a_slot_are_refused_with_what_can_be_written():
     [("@FLUX-DBL-FULL:19", "no list of Inspire's has 19 slots, they have 12, 17, 20, 21, 27, 58; with BASE, which is slot 1, it would be 20"),
      ("@FLUX-DBL18-TEST:19,14,20", "has 19 slots.* it would be 20"), ("@FLUX-SGL38-TEST:58,6,59", "slot 59 of a list of 58 does not exist"),
      ("@FLUX-DBL-SGL-FULL:55", "has 55 slots, they have 12, 17, 20, 21, 27, 58$"), ("@T:17,0,3", "has no places"), ("@T:17,2,0", "slot 0"),
-     ("@T", "is no test line; write @NAME:17"), ("@T:17,3", "is no test line"), ("@T:x", "is no test line"), ("@T:" + "9" * 5000, "is no test line")],
+     ("@T", "is no test line; write @NAME:58 for a test of 58 slots"), ("@T:17,3", "is no test line"), ("@T:x", "is no test line"), ("@T:" + "9" * 5000, "is no test line")],
 )  # fmt: skip
 def test_test_lines_that_point_past_their_list_are_refused(text, words):
     with pytest.raises(TriLoRAError, match=words):

@@ -111,7 +111,7 @@ def test_written_numbers_are_read_as_themselves(value):
     ("text", "words"),
     [("IN12=1", "'IN12' names no block of this model .near it: .*IN11.*IN00-IN11, MID0-MID2, OUT00-OUT11, FINAL"), ("D00=1", "'D00' names no block"),
      ("TE1.12=1", r"'TE1.12' names no block of this model .*TE1.00-TE1.EMB"), ("IN.4=1", "'IN.4' names no block of this model .near it: .*IN04"),
-     ("M00=1", "'M00' names no block of this model; here it is called MID"), ("base=1", "'base' names no .*called TE"), ("CLIP=1", "called TE"),
+     ("M00=1", "'M00' names no block of this model; here it is called 'MID'"), ("base=1", "'base' names no .*called 'TE'"), ("CLIP=1", "called 'TE'"),
      ("IN04-IN12=1", "range 'IN04-IN12' .*'IN12' names no block"), ("IN-OUT=1", "range 'IN-OUT' goes from block to block"),
      ("OUT.crss=1", "'crss' in 'OUT.crss' is no kind .*it has .*cross"), ("OUT.img=1", "'img' in 'OUT.img'"), ("IN04", "'IN04' is no preset and has no form"), ("IN04=1, OUT", "'OUT' is not selector=number"),
      ("=1", "'=1' is not selector=number"), ("IN04=", "'' in 'IN04=' is not a number"), ("IN04=x", "'x' in 'IN04=x' is not a number"), ("IN04=nan", "'nan'"),

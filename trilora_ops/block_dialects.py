@@ -136,7 +136,7 @@ def _no_reading(text: str, blocks: Blocks, dialect: str, presets: Mapping[str, s
         return f"block weights: {written} stands for the lines of a test, of which each is a text of its own; it can only stand in Block Weights"
     label, bare = block_vectors.without_label(text)
     if block_tags.is_elemental(text):
-        return f"block weights: {written} is not read: {block_tags.elemental_rule(blocks)}"
+        return f"block weights: {written} is {block_tags.elemental_rule(blocks)}"
     if block_vectors.looks_like_a_list(bare):
         size = len(block_vectors.fields(bare))
         if dialect == "auto" and label and any(kind.dialect == "kohya" and len(kind.slots) == size for kind in block_vectors.lists_of(blocks)):
@@ -154,11 +154,11 @@ def _no_reading(text: str, blocks: Blocks, dialect: str, presets: Mapping[str, s
 
 
 def _whose(size: int, blocks: Blocks, dialect: str) -> str:
-    """Of which dialect or which models a list of that length is, for an error."""
+    """Of which other dialect or which models a list of that length is, for an error."""
     others = dict.fromkeys(kind.dialect for kind in block_vectors.lists_of(blocks) if len(kind.slots) == size and kind.dialect in DIALECTS)
     if dialect != "auto" and others:
-        locon = ", and inspire's for LoCon files has 27: no IN00, three MID" if (dialect, size) == ("inspire", 26) else ""
-        return f"; one of {size} is {' and '.join(others)}'s{locon}: choose the dialect {' or '.join(others)} in Block Weights, or write lbw= before the list if it is webui's"
+        locon = "; inspire's for LoCon files has 27: no IN00, and three MID" if (dialect, size) == ("inspire", 26) else ""
+        return f", but one of {' and '.join(others)}{locon}"
     names = ", ".join(block_vectors.models_with(size))
     return f"; they are one for {names}" if names else ""
 

@@ -93,7 +93,7 @@ def _indices(name: str, text: str, count: int) -> list[float]:
 def _patterns(name: str, text: str, blocks: Blocks) -> list[tuple[str, float]]:
     """`pattern=number` pairs; in sd-scripts the first pattern that matches wins, so the last of our rules is its first."""
     if blocks.family == "unet":
-        raise TriLoRAError(f"block weights: {name} is not for U-Nets, whose layers have other names there; write for example OUT.cross=0.5 or /regex/=0.5")
+        raise TriLoRAError(f"block weights: {name} is not for U-Nets, whose layers have other names there; write for example OUT.cross=0.5")
     rules = []
     for pair in filter(None, map(str.strip, text.split(","))):
         pattern, equals, value = pair.partition("=")

@@ -83,7 +83,7 @@ def _fault(preset: PresetLine, earlier: dict[str, PresetLine]) -> str:
     if len(preset.name) > _LONGEST_NAME:
         return f"the name {quoted(preset.name)} has {len(preset.name):,} characters; at most {_LONGEST_NAME} are read"
     if is_elemental(preset.text):
-        return f"{quoted(preset.name)} is one of {elemental_rule()}"
+        return f"{quoted(preset.name)} is {elemental_rule()}"
     same = earlier.get(preset.name)
     if same and same.text != preset.text:
         return f"{quoted(preset.name)} has another meaning in line {same.line}; rename one of them"
@@ -101,7 +101,9 @@ def lines_of_test(text: str, blocks: Blocks) -> list[tuple[str, str]]:
     """
     found = re.fullmatch(r"@[^:]*:\s*(\d{1,9})\s*(?:,\s*(\d{1,9})\s*,\s*(\d{1,9})\s*)?", text.strip())
     if not found:
-        raise TriLoRAError(f"block weights: {quoted(text)} is no test line; write @NAME:17 for a test of 17 slots, one run for each")
+        sizes = [len(kind.slots) for kind in lists_of(blocks) if kind.dialect == "inspire"]
+        rule = f"write @NAME:{sizes[0]} for a test of {sizes[0]} slots, one run for each" if sizes else "Inspire has no lists for this model, so there are none"
+        raise TriLoRAError(f"block weights: {quoted(text)} is no test line; {rule}")
     size = int(found[1])
     if size not in _INSPIRE:
         counted = f"; with BASE, which is slot 1, it would be {size + 1}" if size + 1 in _INSPIRE else ""

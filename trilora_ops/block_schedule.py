@@ -189,7 +189,7 @@ def _read_line(line: str) -> tuple[list[str], Curve]:
     """(selectors, curve) of one line; without a selector it is for `default`."""
     head = _head(line, 0)
     # a point's time and a window's words are no selectors
-    if not head or re.fullmatch(NUMBER, line[: head[1] - 1].strip()) or ("=" in line[: head[1]] and not line.startswith("/")):
+    if not head or any(re.fullmatch(NUMBER, word) or ("=" in word and not word.startswith("/")) for word in head[0]):
         return ["default"], read_curve(line)
     return head[0], read_curve(line[head[1] :])
 

@@ -146,8 +146,9 @@ class Selectors:
         there = [f"{members[0]}-{members[-1]}" if len(members) > 1 else members[0] for members in self.blocks.groups.values()]
         word = text.strip().upper()
         near = get_close_matches(word.replace(".", ""), sorted(self._there - {None}), 3) if len(word) <= _LONGEST else []
-        meant = self._find(_ELSEWHERE.get(word, ""))
-        hint = f"; here it is called {meant}" if meant else f" (near it: {', '.join(near)})" if near else ""
+        first, dot, kinds = word.partition(".")
+        meant = self._find(_ELSEWHERE.get(first, ""))
+        hint = f"; here it is called {quoted(meant + dot + kinds.lower())}" if meant else f" (near it: {', '.join(near)})" if near else ""
         return f"block weights: {quoted(text.strip())} names no block of this model{hint}; it has {few(there, 20)}"
 
 

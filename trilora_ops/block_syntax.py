@@ -123,7 +123,7 @@ def items(text: str) -> list[tuple[str, float]]:
         if not name and not value:
             continue
         if not equals or not name:
-            raise TriLoRAError(f"block weights: {quoted(item)} is not selector=number; write for example IN04-IN08=0.5")
+            raise TriLoRAError(f"block weights: {quoted(item)} is not selector=number; write for example default=0.5")
         found.append((name, number(value, item)))
     return found
 

@@ -57,8 +57,8 @@ def is_elemental(text: str) -> bool:
 def elemental_rule(blocks: Blocks | None = None) -> str:
     """Why they are not read, and what to write for a model, None = SD1.x."""
     example = "IN05-OUT05.attn=1" if blocks is None else parts_of(next(iter(blocks.groups)), blocks)
-    return (f"webui's elemental presets (blocks:words of keys:number) are not read, because words of a file's keys are no layers of a model; write it with the "
-            f"words of Block Weights, such as {example}")
+    return (f"one of webui's elemental presets (blocks:words of keys:number), which are not read: words of a file's keys are no layers of a model; write it with "
+            f"the words of Block Weights, such as {example}")
 
 
 def _options(parts: list[str], known: tuple[str, ...], text: str, rule: str, blocks: Blocks) -> Mapping[str, float]:
@@ -69,7 +69,7 @@ def _options(parts: list[str], known: tuple[str, ...], text: str, rule: str, blo
             raise TriLoRAError(f"block weights: {quoted(part)} in {quoted(text)} changes strengths during sampling, which block weights do not; the node "
                                "Adapter Hook does, with a schedule such as start=0.2 stop=0.6")
         if name.lower() == "lbwe":
-            raise TriLoRAError(f"block weights: {quoted(part)} in {quoted(text)}: {elemental_rule(blocks)}")
+            raise TriLoRAError(f"block weights: {quoted(part)} in {quoted(text)} is {elemental_rule(blocks)}")
         if name.lower() not in known or name.lower() in given:
             raise TriLoRAError(f"block weights: {quoted(part)} in {quoted(text)}: {rule}")
         given[name.lower()] = number(value, part)

@@ -76,7 +76,7 @@ def _arguments(name: str, text: str, blocks: Blocks) -> BlockWeights | None:
     own = {argument: value for argument, value in given.items() if belongs.get(argument) == name}
     rates = [argument for argument in given if argument in _RATES]
     if rates and (name == "learning_rate" or not own):
-        raise TriLoRAError(f"{rates[0]} has learning rates, and a plan has factors of Training Settings' rate; write selector=factor, such as IN04-IN08=0.5 or /attn/=0.5")
+        raise TriLoRAError(f"{rates[0]} has learning rates, and a plan has factors of Training Settings' rate; write selector=factor, such as {blocks.ids[-1]}=0.5")
     if not own:
         other = next(iter(given))
         raise TriLoRAError(f"{other} belongs in the text {belongs.get(other, 'rank or learning_rate')}")

@@ -70,9 +70,8 @@ def main(count: int) -> None:
     for text, model, steps, seconds in work(patterns):
         done, refused = done + 1, refused + (not steps)
         slowest = sorted([*slowest, (seconds, steps, model, text)], reverse=True)[:5]
-    print(f"{done} searches of {count} patterns, {refused} refused; the slowest:")
-    for seconds, steps, model, text in slowest:
-        print(f"  {seconds * 1000:6.1f} ms, {steps} steps on {model}: {text!r:.120}")
+    lines = [f"  {seconds * 1000:6.1f} ms, {steps} steps on {model}: {text!r:.120}" for seconds, steps, model, text in slowest]
+    sys.stdout.write("\n".join([f"{done} searches of {count} patterns, {refused} refused; the slowest:", *lines, ""]))
 
 
 if __name__ == "__main__":

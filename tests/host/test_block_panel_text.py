@@ -13,20 +13,24 @@ pytestmark = pytest.mark.skipif(NODE_JS is None, reason="no Node.js to run the p
 FAMILIES = ("SD1.5", "SDXL", "SSD-1B", "Flux.1", "Wan 14B", "SD3.5 Large", "HunyuanVideo", "Anima")
 ROUNDS = 40
 
-# Reads {cases: [{layout, text, edits: [[id, number]]}]}; answers what was read, and the text after the edits, or the error.
+# Reads {cases: [{layout, text, edits: [[id, number]]}], presets}; answers what was read, and the text after the edits, or the
+# error; and how long it took, in seconds of the processor.
 DRIVER = """
 import { read, Unshown } from "./block_text.mjs";
 import { readFileSync } from "node:fs";
-const { layouts, cases } = JSON.parse(readFileSync(0, "utf8"));
+const { layouts, cases, presets } = JSON.parse(readFileSync(0, "utf8"));
 const answers = cases.map(({ layout, text, edits }) => {
+  const begin = process.cpuUsage();
+  const seconds = () => (({ user, system }) => (user + system) / 1e6)(process.cpuUsage(begin));
   try {
-    const weights = read(text, layouts[layout]);
+    const weights = read(text, layouts[layout], "auto", presets);
     const values = Object.fromEntries(layouts[layout].ids.map((id) => [id, weights.at(id)]));
     for (const [id, value] of edits) weights.set(id, value);
-    return { values, text: weights.text() };
+    for (const id of layouts[layout].ids) weights.touching(id);
+    return { values, text: weights.text(), seconds: seconds() };
   } catch (error) {
     if (!(error instanceof Unshown)) throw error;
-    return { error: error.message };
+    return { error: error.message, seconds: seconds() };
   }
 });
 console.log(JSON.stringify(answers));
@@ -40,8 +44,9 @@ def panel(tmp_path_factory, pack_module):
     shutil.copy(ROOT / "web" / "js" / "block_text.js", folder / "block_text.mjs")
     (folder / "driver.mjs").write_text(DRIVER, encoding="utf-8")
 
-    def answer(cases: list[dict]) -> list[dict]:
-        done = subprocess.run([NODE_JS, folder / "driver.mjs"], input=json.dumps({"layouts": layouts, "cases": cases}), capture_output=True, text=True, timeout=120)
+    def answer(cases: list[dict], presets: dict[str, str] | None = None) -> list[dict]:
+        asked = json.dumps({"layouts": layouts, "cases": cases, "presets": presets or {}})
+        done = subprocess.run([NODE_JS, folder / "driver.mjs"], input=asked, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
@@ -104,7 +109,8 @@ def test_lists_by_position_and_what_is_not_shown(panel, parse):
     assert all("error" in answer for answer in answers[2:]) and "lists of 17, 25, 26, 27" in answers[8]["error"]
     tagged = [f"lbw={texts[0]}", f"LBW={texts[0]};", "lbw=" + ",".join(["1"] + ["0.5"] * 25), "LBW=1,R" + ",0" * 15 + ";A=1;"]
     same, also, webui, drawn = panel([{"layout": "SD1.5", "text": text, "edits": []} for text in tagged])
-    assert same == also == answers[0] and webui["values"]["MID0"] == 0.5 and webui["values"]["TE1.00"] == 1 and "error" in drawn
+    values = [{**answer, "seconds": 0} for answer in (same, also, answers[0])]
+    assert values[0] == values[1] == values[2] and webui["values"]["MID0"] == 0.5 and webui["values"]["TE1.00"] == 1 and "error" in drawn
     flux = [{"layout": "Flux.1", "text": ",".join(map(str, [1] * 19 + [0] * 38)), "edits": []}]
     (answer,) = panel(flux)
     assert answer["values"]["D18"] == 1 and answer["values"]["S00"] == 0 == parse(answer["text"], "Flux.1").default - 1
@@ -127,3 +133,39 @@ def test_presets_that_are_shown_mean_what_the_parser_makes_of_them(panel, pack_m
                 assert answer["values"][place.block] == weights.at(place), f"{case['layout']}: {case['text']}: {place.block}"
             shown += 1
     assert shown > 100
+
+
+def test_a_preset_or_a_list_with_changes_is_shown_as_the_parser_reads_it(panel, pack_module):
+    syntax, presets = pack_module("trilora_ops.block_syntax"), pack_module("trilora_ops.block_presets").BUILT_IN
+    ones = ",".join(["1"] * 17)
+    texts = ["SD-FACE, IN04=0.5", "attention only, fused layers too, OUT=0", "SD-FACE\nOUT03.attn=0.5, OUT03-OUT05=0.25\n/to_q/=0, IN=1", f"{ones}, IN04=0.5", f"lbw={ones}, IN04=0.5",
+             f"NAME:{ones},IN04=0.5", f"NAME\t{ones}\nIN04=0.5", "lbw=MIDD, MID=0, MID1=0.5", "Block-wise upper (SD1.x)", "Block-wise upper (SD1.x), OUT09.attn=0.5"]
+    blocks = pack_module("trilora_ops.blocks").Blocks.layout("SD1.5")
+    cases = [{"layout": "SD1.5", "text": text, "edits": []} for text in texts]
+    for text, answer in zip(texts, panel(cases, dict(presets)), strict=True):
+        if text.startswith("attention only"):  # whose second part is no kind of SD1.5
+            assert "error" in answer
+            continue
+        weights = syntax.parse(text, blocks)
+        again = syntax.parse(answer["text"], blocks)
+        for place in places(pack_module, "SD1.5", kinds=True):
+            if not place.kinds:
+                assert answer["values"][place.block] == weights.at(pack_module("trilora_ops.blocks").Place(place.block, place.group, frozenset(), "")), f"{text}: {place.block}"
+            assert again.at(place) == weights.at(place), f"{text} -> {answer['text']}: {place}"
+    refused = [{"layout": "SD1.5", "text": text, "edits": []} for text in ("SD-FACE, default=0.5", "SD-FACE, IN04", "constructor", "constructor, IN04=0.5", "SD-FACE, XX=1")]
+    assert all("error" in answer for answer in panel(refused, dict(presets)))
+
+
+HOSTILE = ["1" + " " * 30000 + "2", "1" + " " * 200000 + "x", "1" + "\n" * 200000 + "x", "\n" * 200000 + ",", "," * 100000, "IN04=1," * 30000, "/attn/=1," * 20000, "IN" + ".a" * 50000 + "=1",
+           "IN" + "0" * 1000000 + "4=1", "lbw=" * 50000, "LBW=" * 500, "lbw=1" + ";" * 100000 + "\n,", "1" * 100000 + "x,1", "IN04=" + "1" * 100000 + "x", "[" * 100000, '{"a":' * 50000, "1," * 100000,
+           "IN04=1e999", "IN04=1e10", "/" + "(a+)+" * 300 + "/=0", "/" + "\\," * 50000, "/a," * 60000, "TE1.00-OUT11.attn=0.5," * 490 + "TE1.00-OUT11=0.5," * 490, ".attn=1," * 990, "IN04=\u0661",
+           "A:" * 100000, "\t" * 100000 + "1,1", "1" + ",0" * 16 + ",IN04=0.5" * 900, "IN04.attn=0.5," * 500 + "TE1.00-OUT11=0.5," * 490]
+
+
+def test_texts_that_are_meant_to_hang_the_panel_come_to_an_end(panel):
+    cases = [{"layout": family, "text": text, "edits": []} for text in HOSTILE for family in ("SD1.5", "HunyuanVideo")]
+    for case, answer in zip(cases, panel(cases), strict=True):
+        shown = f"{case['text'][:40]!r} of {len(case['text'])} letters on {case['layout']}"
+        assert answer["seconds"] < 2, shown
+        assert len(answer.get("error", "")) < 300, shown
+        assert all(abs(value) <= 1e9 for value in answer.get("values", {}).values()), shown
