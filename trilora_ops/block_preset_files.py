@@ -100,14 +100,15 @@ def lines_of_test(text: str, blocks: Blocks) -> list[tuple[str, str]]:
     single weights within slot b in the order of a file.
     """
     found = re.fullmatch(r"@[^:]*:\s*(\d{1,9})\s*(?:,\s*(\d{1,9})\s*,\s*(\d{1,9})\s*)?", text.strip())
+    sizes = [len(kind.slots) for kind in lists_of(blocks) if kind.dialect == "inspire"]
+    known = sorted({*_INSPIRE, *sizes})
     if not found:
-        sizes = [len(kind.slots) for kind in lists_of(blocks) if kind.dialect == "inspire"]
         rule = f"write @NAME:{sizes[0]} for a test of {sizes[0]} slots, one run for each" if sizes else "Inspire has no lists for this model, so there are none"
         raise TriLoRAError(f"block weights: {quoted(text)} is no test line; {rule}")
     size = int(found[1])
-    if size not in _INSPIRE:
-        counted = f"; with BASE, which is slot 1, it would be {size + 1}" if size + 1 in _INSPIRE else ""
-        raise TriLoRAError(f"block weights: {quoted(text)}: no list of Inspire's has {size} slots, they have {', '.join(map(str, _INSPIRE))}{counted}")
+    if size not in known:
+        counted = f"; with BASE, which is slot 1, it would be {size + 1}" if size + 1 in known else ""
+        raise TriLoRAError(f"block weights: {quoted(text)}: no list of Inspire's has {size} slots, they have {', '.join(map(str, known))}{counted}")
     if found[2]:
         raise TriLoRAError(_within_a_slot(text, size, int(found[2]), int(found[3]), blocks))
     return [(f"B{slot}", ",".join("A" if slot == other else "0" for other in range(1, size + 1))) for slot in range(1, size + 1)]

@@ -42,6 +42,12 @@ class Selector:
     def compiled(self) -> Pattern:
         return Pattern(self.pattern)
 
+    @cached_property
+    def name(self) -> str:
+        """The only name that it matches, for a pattern that is one: /^diffusion_model\\.out\\.2$/; "" for any other."""
+        literal = self.compiled.literal if self.pattern and self.blocks is None and not self.kinds else None
+        return literal.text if literal and literal.at_begin and literal.at_end else ""
+
     @property
     def is_whole(self) -> bool:
         """True if it matches all that is in its blocks."""

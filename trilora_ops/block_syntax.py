@@ -42,28 +42,37 @@ class BlockWeights:
         candidates = self._by_block.get(place.block)
         if candidates is None:
             candidates = self._by_block[place.block] = self._candidates(place)
-        for selector, value in candidates:
+        latest, found = self._by_name.get(place.name, (-1, self.default))
+        for number, selector, value in candidates:
+            if number < latest:
+                break
             if selector.matches(place):
                 return value
-        return self.default
+        return found
 
     def text(self) -> str:
         """The canonical text: `parse` of it is equal to self."""
         return ", ".join([f"default={written(self.default)}", *(f"{selector.text}={written(value)}" for selector, value in self.rules)])
 
     @cached_property
-    def _by_block(self) -> dict[str, tuple[tuple[Selector, float], ...]]:
+    def _by_name(self) -> dict[str, tuple[int, float]]:
+        """The rules for single weights by name, of which there can be as many as weights: number of the rule, and its value."""
+        return {selector.name: (number, value) for number, (selector, value) in enumerate(self.rules) if selector.name}
+
+    @cached_property
+    def _by_block(self) -> dict[str, list[tuple[int, Selector, float]]]:
         return {}
 
-    def _candidates(self, place: Place) -> tuple[tuple[Selector, float], ...]:
-        # the rules that can match within the block, last first, as far as one that matches all of it
-        found = []
-        for selector, value in reversed(self.rules):
-            if selector.covers(place):
-                found.append((selector, value))
+    def _candidates(self, place: Place) -> list[tuple[int, Selector, float]]:
+        # the other rules that can match within the block, last first, as far as one that matches all of it
+        found: dict[Selector, tuple[int, Selector, float]] = {}
+        for number in range(len(self.rules) - 1, -1, -1):
+            selector, value = self.rules[number]
+            if selector.covers(place) and not selector.name:
+                found.setdefault(selector, (number, selector, value))
                 if selector.is_whole:
                     break
-        return tuple(found)
+        return list(found.values())
 
 
 def parse(text: str, blocks: Blocks, dialect: str = "auto", *, a: float = 1.0, b: float = 1.0, seed: int | None = None,

@@ -33,18 +33,18 @@ class Pattern:
         """Raises TriLoRAError for a pattern that is not of the subset, or too large."""
         self.text = text
         tree = parse(text)
+        self.literal = _literal(tree)
         self._count = 0
         self._where: dict[Signs, int] = {}  # the positions that take these signs, as bits
         self._size = 0
         self._has_assertions = False
-        start, body, end = self._numbered(Signs()), self._numbered(tree), self._numbered(Signs())
-        self._tree = Node("all", (start, body, end))
-        self._match = 1 << (self._count - 1)
+        parts = (Signs(), tree, Signs()) if self.literal is None else ()  # before and behind it a position that takes nothing
+        self._tree = Node("all", tuple(map(self._numbered, parts)))
+        self._match = 1 << max(self._count - 1, 0)
         self._links: dict[int, tuple[int, list[tuple[int, int]]]] = {}
         self._accepting: dict[str, int] = {}
         self._states: dict[tuple[int, int, bool], _State] = {}
         self._kept = self.steps = 0
-        self.literal = _literal(tree)
 
     def search(self, text: str) -> bool:
         """Whether the pattern matches somewhere in the text, as `re.search` does."""
@@ -60,6 +60,8 @@ class Pattern:
 
     def fullmatch(self, text: str) -> bool:
         """Whether the pattern matches the whole text, as `re.fullmatch` does."""
+        if self.literal is not None:
+            return text == self.literal.text
         return self._run(self._state(1, False, _BEGIN), text)
 
     def _run(self, state: _State, text: str) -> bool:

@@ -15,7 +15,15 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from comfyui_trilora.trilora_ops import block_plan, block_preset_files, block_schedule, block_syntax, metadata, presets, resize
+from comfyui_trilora.trilora_ops import (
+    block_plan,
+    block_preset_files,
+    block_schedule,
+    block_syntax,
+    metadata,
+    presets,
+    resize,
+)
 from comfyui_trilora.trilora_ops.block_dialects import DIALECTS
 from comfyui_trilora.trilora_ops.block_kohya import ARGUMENTS
 from comfyui_trilora.trilora_ops.block_presets import BUILT_IN
