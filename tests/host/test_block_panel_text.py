@@ -8,6 +8,8 @@ import subprocess
 import pytest
 from comfyui_trilora.benchmarks.installation import ROOT
 
+from ..fuzz import texts
+
 NODE_JS = shutil.which("node")
 pytestmark = pytest.mark.skipif(NODE_JS is None, reason="no Node.js to run the panel's script with")
 FAMILIES = ("SD1.5", "SDXL", "SSD-1B", "Flux.1", "Wan 14B", "SD3.5 Large", "HunyuanVideo", "Anima")
@@ -169,3 +171,26 @@ def test_texts_that_are_meant_to_hang_the_panel_come_to_an_end(panel):
         assert answer["seconds"] < 2, shown
         assert len(answer.get("error", "")) < 300, shown
         assert all(abs(value) <= 1e9 for value in answer.get("values", {}).values()), shown
+
+
+def test_random_texts_are_shown_as_the_parser_reads_them_or_not_at_all(panel, pack_module):
+    """The fuzzer's texts, mutated ones among them, for the families of most texts."""
+    syntax, error = pack_module("trilora_ops.block_syntax"), pack_module("trilora_ops.errors").TriLoRAError
+    chance, presets = random.Random(5), pack_module("trilora_ops.block_presets").BUILT_IN
+    drawn = [one for one in (texts.random_text(chance) for _ in range(6000)) if one.kind in ("weights", "plan") and one.model in FAMILIES]
+    cases = [{"layout": one.model, "text": one.text, "edits": []} for one in drawn if "\ud800" not in one.text]
+    shown = 0
+    for case, answer in zip(cases, panel(cases, dict(presets)), strict=True):
+        assert answer["seconds"] < 2, case["text"][:200]
+        if "error" not in answer:
+            shown += 1
+            try:
+                weights = syntax.parse(case["text"], pack_module("trilora_ops.blocks").Blocks.layout(case["layout"]))
+            except error as problem:
+                if "the pattern" in str(problem) or "patterns" in str(problem):  # which the panel does not read
+                    continue
+                pytest.fail(f"{case['layout']}: the panel shows {case['text'][:300]!r}, which the parser refuses: {problem}")
+            for place in [] if any(selector.pattern for selector, _ in weights.rules) else places(pack_module, case["layout"], kinds=False):
+                plain = pack_module("trilora_ops.blocks").Place(place.block, place.group, frozenset(), "")
+                assert answer["values"][place.block] == weights.at(plain), f"{case['layout']}: {case['text'][:300]!r}: {place.block}"
+    assert shown > 80

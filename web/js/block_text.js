@@ -22,6 +22,8 @@ const LARGEST = 1e9;
 // a list as it stands in a prompt, by its spelling: of the webui extension, of Inspire
 const TAGS = { lbw: "webui", LBW: "inspire" };
 const TAG = /^(lbw|LBW)=/;
+const LABEL = /^[^:=,\t]*([:\t])/;
+const UNNAMED = { ":": ["kohya", "tabs"], "\t": ["kohya"] }; // the dialects whose lists have no such label
 
 /** A text that the sliders cannot show; the message says why. */
 export class Unshown extends Error {}
@@ -105,13 +107,15 @@ export class Weights {
 export function read(text, layout, dialect = "auto", presets = {}) {
   if (text.length > LONGEST) throw new Unshown(`the text has ${text.length} characters; at most ${LONGEST} are read`);
   const preset = named(presets, text.trim());
-  if (preset !== undefined) return read(preset, layout, vector(preset) ? dialect : "auto");
+  // as in a file of presets, where a list has a name and none is kohya's
+  if (preset !== undefined) return read(vector(preset) && dialect === "auto" && !LABEL.test(preset) ? `:${preset}` : preset, layout, vector(preset) ? dialect : "auto");
   const [begin, changes] = splitChanges(text.trim(), presets);
   if (changes.length) return add(read(begin, layout, dialect, presets), changes, text, false);
   const [, tag, tagged] = /^(lbw|LBW)=([^;]*);?$/.exec(text.trim()) ?? [];
   if (tag && !TAG.test(tagged) && ["auto", TAGS[tag]].includes(dialect)) return read(tagged, layout, TAGS[tag], presets);
+  if (text.trim().startsWith("@")) throw new Unshown("lines of a test are read when the node runs");
   const numbers = vector(text.trim());
-  if (numbers) return fromVector(numbers, layout, dialect);
+  if (numbers) return fromVector(numbers, layout, dialect, LABEL.exec(text.trim())?.[1]);
   if (dialect !== "auto" && dialect !== "native" && text.trim()) throw new Unshown(`read as ${dialect} when the node runs`);
   return add(new Weights(layout), items(text), text, true);
 }
@@ -219,7 +223,7 @@ function items(text) {
 
 /** The numbers of a list by position, with or without a label; null for anything else. */
 function vector(text) {
-  const list = text.replace(/^[^:=,\t]*[:\t]/, "").trim().replace(/,$/, "");
+  const list = text.replace(LABEL, "").trim().replace(/,$/, "");
   const words = list.split(",").flatMap((part) => {
     const lines = part.split("\n").map((line) => line.trim()).filter(Boolean);
     return lines.length ? lines : [""];
@@ -227,8 +231,9 @@ function vector(text) {
   return words.length > 1 && words.every(isNumber) ? words.map(Number) : null;
 }
 
-function fromVector(numbers, layout, dialect) {
-  const readings = layout.vectors.filter((reading) => reading.slots.length === numbers.length && (dialect === "auto" || reading.dialect === dialect));
+function fromVector(numbers, layout, dialect, label) {
+  const fitting = layout.vectors.filter((reading) => reading.slots.length === numbers.length && (dialect === "auto" || reading.dialect === dialect));
+  const readings = fitting.filter((reading) => !UNNAMED[label]?.includes(reading.dialect));
   const found = new Map(readings.map((reading) => [place(numbers, reading, layout).text(), reading]));
   if (found.size === 1) return place(numbers, [...found.values()][0], layout);
   const lengths = [...new Set(layout.vectors.map((reading) => reading.slots.length))].sort((a, b) => a - b);

@@ -1,0 +1,12 @@
+"""The lists of weights' names that tests without a host use (tests/fuzz/model_names.py), against the host's own models."""
+
+import pytest
+
+from ..fuzz.model_names import flux, sdxl
+from .meta_models import NETWORKS, build
+
+
+@pytest.mark.parametrize(("name", "listed"), [("SDXL", sdxl), ("Flux.1", flux)])
+def test_the_names_are_those_of_the_model(name, listed):
+    keys = build(NETWORKS[name]).diffusion_model.state_dict()
+    assert listed() == sorted({f"diffusion_model.{key}".removesuffix(".weight").removesuffix(".bias") for key in keys})
