@@ -35,7 +35,7 @@ WEIGHTS = {
     "brackets within the bound": "/" + "(" * 400 + "a" + ")" * 400 + "/=1", "repetition": "/a{99999999999999}/=1", "repetitions": "/(?:(?:(?:a{1,500}){1,500}){1,500})/=1", "JSON": "[" * 100000,
     "JSON of names": '{"a":' * 50000, "JSON of digits": "[" + "9" * 100000 + "]", "JSON of quotes": "[" + '"' + '\\"' * 100000, "list": "1," * 130000, "random list": "R," * 100000,
     "random slot": "1," * 16 + "R " * 100000, "learning rates": "down_lr_weight=1" + " " * 100000 + ",2", "arguments": "network_reg_dims=" * 10000, "patterns of sd-scripts": "network_reg_dims=" + "(a+)+$=1," * 5000,
-    "per cent": "%" + "in1=1," * 30000, "elemental": "a:b:1," * 40000, "changes": "SD-FACE" + ",IN04=1" * 6000, "two readings": ", ".join(f"in{n % 9}=0.{n}" for n in range(4900)),
+    "names of sd-scripts": "network_reg_dims=" + "a=1," * 60000, "per cent": "%" + "in1=1," * 30000, "elemental": "a:b:1," * 40000, "changes": "SD-FACE" + ",IN04=1" * 6000, "two readings": ", ".join(f"in{n % 9}=0.{n}" for n in range(4900)),
     "unicode digits": "IN\u0660\u0664=\u0661", "superscript": "IN\u00b2=1", "half a sign": "\ud800=1,\ud800", "unknown": "x" * 262000, "a word of letters": "normnorm" * 30000, "slashes": "/a," * 80000,
     "backslashes": "/" + "\\," * 100000,
 }  # fmt: skip

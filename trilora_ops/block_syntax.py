@@ -108,8 +108,9 @@ def read_native(text: str, blocks: Blocks) -> BlockWeights:
 
 def weights(default: float, values: Iterable[tuple[str, float]], blocks: Blocks) -> BlockWeights:
     """The same from (selector, number) pairs, as the readers of other dialects make them."""
-    selectors = Selectors(blocks)
-    return BlockWeights(default, tuple((selectors.read(name), value) for name, value in values))
+    selectors, named = Selectors(blocks), list(values)
+    check_count(len(named), "block weights: items", ITEMS)
+    return BlockWeights(default, tuple((selectors.read(name), value) for name, value in named))
 
 
 def default_and_rules(named: Iterable[tuple[str, _Value]], default: _Value) -> tuple[_Value, list[tuple[str, _Value]]]:

@@ -7,8 +7,7 @@ import subprocess
 
 import pytest
 from comfyui_trilora.benchmarks.installation import ROOT
-
-from ..fuzz import texts
+from comfyui_trilora.tests.fuzz import texts
 
 NODE_JS = shutil.which("node")
 pytestmark = pytest.mark.skipif(NODE_JS is None, reason="no Node.js to run the panel's script with")

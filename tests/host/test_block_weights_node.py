@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import os
 import re
 from pathlib import Path
 
@@ -259,3 +260,22 @@ def test_the_example_runs_and_its_blocks_make_the_difference(started_host, model
     assert off not in (full, example) and pictures(weights="IN05=0, OUT04=0, MID1=0") == [full, off]
     file.unlink()
 
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+def test_files_of_presets_that_are_no_files_or_too_large_are_named(run, refused, presets):
+    """A pipe without a writer would stop the whole server."""
+    os.mkfifo(presets / "pipe.txt")
+    (presets / "huge.txt").write_bytes(b"A:IN=0\n" * 300_000)
+    (presets / "many.txt").write_text("".join(f"A{n}:IN=0\n" for n in range(6000)), encoding="utf-8")
+    message = refused("Bad")
+    assert "presets/pipe.txt: not a file" in message and "presets/huge.txt: larger than 1 MiB" in message and "presets/many.txt: names: there are 6,000" in message
+    assert len(message) < 2000 and run("IN=0")
+    (presets / "pipe.txt").unlink()
+
+
+def test_names_with_two_meanings_are_named_up_to_a_bound(refused, presets):
+    for file in "ab":
+        (presets / f"{file}.txt").write_text("".join(f"Name {n}:IN={n}{file == 'b' and '.5' or ''}\n" for n in range(2000)), encoding="utf-8")
+    message = refused("Name 7")
+    assert "presets/b.txt line 1: 'Name 0' has another meaning in presets/a.txt line 1" in message and len(message) < 2000

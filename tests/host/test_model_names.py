@@ -1,9 +1,8 @@
 """The lists of weights' names that tests without a host use (tests/fuzz/model_names.py), against the host's own models."""
 
 import pytest
-
-from ..fuzz.model_names import flux, sdxl
-from .meta_models import NETWORKS, build
+from comfyui_trilora.tests.fuzz.model_names import flux, sdxl
+from comfyui_trilora.tests.host.meta_models import NETWORKS, build
 
 
 @pytest.mark.parametrize(("name", "listed"), [("SDXL", sdxl), ("Flux.1", flux)])
