@@ -20,8 +20,9 @@ from ..training.frozen import can_freeze
 from ..training.host import Sample
 from ..trilora_ops.errors import TriLoRAError
 from ..trilora_ops.metadata import fingerprint
-from .compat import frozen_weight, multiplies_bf16, training_clone, training_kernels
+from .compat import frozen_weight, is_readable, multiplies_bf16, normal_copy, training_clone, training_kernels
 from .encoding import check_finite
+from .sampling_patches import model_alone
 from .types import EncodedImage
 
 _BLOCK_LISTS = {"blocks", "double_blocks", "single_blocks", "layers", "transformer_blocks", "joint_blocks",
@@ -36,6 +37,7 @@ class ComfyHost:
     def __init__(self, patcher, precision: str = "model"):
         """precision: see `TrainingConfig`."""
         self.patcher = training_clone(patcher)
+        self._options, self.left_out = model_alone(self.patcher)  # left_out: sentences for the page
         self.model = self.patcher.model
         self.device = self.patcher.load_device
         self.sampling = self.patcher.get_model_object("model_sampling")
@@ -43,6 +45,10 @@ class ComfyHost:
         self.sigma_data = float(getattr(self.sampling, "sigma_data", 1.0))
         self.compute_dtype = self._computes_in(precision)
         self._layers = layers_of(self.model)
+        for key, module in self._layers.items():
+            if not is_readable(module):
+                raise TriLoRAError(f"model: {key} is kept as {module.weight.dtype} by a {type(module).__name__} of another extension, which "
+                                   "cannot be trained through; load the model in fp16, bf16, fp8 or GGUF")
 
     def _computes_in(self, precision: str) -> torch.dtype:
         # the unpatched object: until another clone is loaded, the model itself still holds what an earlier run has set
@@ -109,9 +115,8 @@ class ComfyHost:
 
     def denoise(self, x: Tensor, sigma: Tensor, conditions: dict) -> Tensor:
         """The model's x0, fp32."""
-        options = dict(self.patcher.model_options.get("transformer_options", {}))
-        options |= {"cond_or_uncond": [0], "uuids": [self.patcher.patches_uuid], "sigmas": sigma}
-        options.setdefault("optimized_attention_override", _fused_attention)
+        options = self._options | {"cond_or_uncond": [0], "uuids": [self.patcher.patches_uuid], "sigmas": sigma,
+                                   "optimized_attention_override": _fused_attention}
         return self.model.apply_model(x, sigma, transformer_options=options, **conditions)
 
     @contextmanager
@@ -141,8 +146,8 @@ class ComfyHost:
 
 
 def _fused_attention(attention, *args, **kwargs) -> Tensor:
-    # torch's own has a gradient on every device and keeps no score matrix for it; the host may have chosen one that has
-    # none (Sage), or that keeps all scores (its default on the CPU)
+    # torch's own has a gradient on every device and keeps no score matrix for it; the host, or a node, may have chosen one
+    # that has none (Sage), or that keeps all scores (the host's default on the CPU)
     return attention_pytorch(*args, **kwargs)
 
 
@@ -224,8 +229,7 @@ def _normal_tensors(model: nn.Module, layers: set[int]) -> Iterator[None]:
                 continue
             for store in (module._parameters, module._buffers):
                 for name, tensor in store.items():
-                    if tensor is not None and tensor.is_inference():
-                        copy = tensor.detach().clone()
+                    if tensor is not None and tensor.is_inference() and (copy := normal_copy(tensor)) is not None:
                         replaced.append((store, name, tensor))
                         store[name] = nn.Parameter(copy, requires_grad=False) if store is module._parameters else copy
         yield

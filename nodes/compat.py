@@ -16,6 +16,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor, nn
 
+from .kernel_gradients import add_rope_gradients
 from .shown_text import as_text
 
 log = logging.getLogger("trilora")
@@ -66,9 +67,10 @@ def training_clone(patcher):
 
 @contextmanager
 def training_kernels() -> Iterator[None]:
-    """0.33.0: use kernels that have a backward formula (RoPE, RMS norm); 0.3.64 has no others."""
+    """0.33.0: use kernels that have a backward formula (RoPE, RMS norm); 0.8 to 0.13: give RoPE's kernel one; 0.3.64 has no others."""
     management = comfy.model_management
     if not hasattr(management, "in_training"):
+        add_rope_gradients()
         yield
         return
     before, management.in_training = management.in_training, True
@@ -84,7 +86,9 @@ def frozen_weight(module: nn.Module, like: Tensor) -> Iterator[Tensor]:
 
     On 0.33.0 an offloaded weight lives in a buffer that is reused afterwards: use it inside the block only.
     """
-    if not hasattr(module, "weight_function"):  # not one of the host's own layers
+    if hasattr(module, "cast_bias_weight"):  # a layer of another pack that unpacks its weight itself (GGUF)
+        yield module.cast_bias_weight(like)[0]
+    elif not hasattr(module, "weight_function"):  # not one of the host's own layers
         yield module.weight.to(like.device, like.dtype)
     elif _OFFLOADABLE:
         weight, bias, stream = comfy.ops.cast_bias_weight(module, like, offloadable=True)
@@ -101,6 +105,39 @@ def _plain(module: nn.Module, weight: Tensor, like: Tensor) -> Tensor:
         weight = weight.dequantize().to(like.dtype)
     scale = getattr(module, "scale_weight", None)  # 0.3.64: scaled fp8 layers multiply it in their own forward pass
     return weight * scale.to(weight.device, weight.dtype) if isinstance(scale, Tensor) else weight
+
+
+def is_readable(module: nn.Module) -> bool:
+    """Whether `frozen_weight` can give the layer's weight: it is no pack of integers that only its own forward pass understands."""
+    weight = module.weight
+    return weight.is_floating_point() or bool(_QUANTIZED and isinstance(weight, _QUANTIZED)) or hasattr(module, "cast_bias_weight")
+
+
+def unpacked(module: nn.Module, weight: Tensor, device: torch.device) -> Tensor | None:
+    """fp32 values of a parameter that its layer keeps packed (GGUF), without patches; None for any other parameter.
+
+    Such layers have `cast_bias_weight`, and `get_weight(tensor, dtype)`, which also applies the patches that a loaded clone of
+    the model has left on the tensor.
+    """
+    if not (hasattr(module, "cast_bias_weight") and hasattr(module, "get_weight")):
+        return None
+    patches = getattr(weight, "patches", None)
+    if patches:
+        weight.patches = []
+    try:
+        return module.get_weight(weight.to(device), torch.float32)
+    finally:
+        if patches:
+            weight.patches = patches
+
+
+def normal_copy(tensor: Tensor) -> Tensor | None:
+    """A copy that autograd may keep, of a tensor made in inference mode; None where it is packed, and unpacked into new tensors."""
+    copy = tensor.detach().clone()
+    if not copy.is_inference():
+        return copy
+    # a class of another pack whose copies are the tensor itself (GGUF)
+    return tensor.as_subclass(Tensor).detach().clone() if tensor.is_floating_point() else None
 
 
 def multiplies_bf16(device: torch.device) -> bool:

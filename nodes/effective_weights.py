@@ -7,12 +7,15 @@ from collections.abc import Mapping
 import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
+import comfy.utils
 import torch
 from torch import Tensor, nn
 
+from ..trilora_ops.errors import TriLoRAError
 from ..trilora_ops.metadata import fingerprint
 from ..trilora_ops.naming import PREFIX
 from .comfy_host import layers_of
+from .compat import is_readable, unpacked
 
 
 class EffectiveWeights:
@@ -35,10 +38,16 @@ class EffectiveWeights:
         return tuple(self._parts[key][0].shape) if key in self._layers else None
 
     def weight(self, key: str) -> Tensor:
-        """The weight with its patches, a new fp32 tensor (out, in, *kernel) on the model's device."""
+        """The weight with its patches, a new fp32 tensor (out, in, *kernel) on the model's device. Raises TriLoRAError for one that is packed and cannot be read."""
         stored, convert, patches = self._parts[key]
+        module, device = comfy.utils.get_attr(self.patcher.model, key.rpartition(".")[0]), self.patcher.load_device
         with torch.inference_mode():  # as the host does it: files' tensors are inference tensors, which not every patch takes elsewhere
-            weight = comfy.model_management.cast_to_device(stored, self.patcher.load_device, torch.float32, copy=True)
+            weight = unpacked(module, stored, device)
+            if weight is None:
+                if key in self._layers and not is_readable(module):
+                    raise TriLoRAError(f"{key}: its weight is kept as {stored.dtype} by a {type(module).__name__} of another extension, which "
+                                       "cannot be read here; load the model in fp16, bf16, fp8 or GGUF")
+                weight = comfy.model_management.cast_to_device(stored, device, torch.float32, copy=True)
             if convert is not None:
                 weight = convert(weight, inplace=True).float()
             weight = comfy.lora.calculate_weight(patches, weight, key)

@@ -7,6 +7,7 @@ from comfy_api.latest import io, ui
 
 from ..trilora_ops.targets import TARGETS
 from . import compat
+from .notices import collected
 from .types import LoraModel, Method
 
 
@@ -44,7 +45,8 @@ class ExtractAdapter(io.ComfyNode):
     def execute(cls, model_tuned, model_base, method, target, energy) -> io.NodeOutput:
         from .extraction import extract
 
-        with torch.inference_mode(False), torch.no_grad():  # a fit needs tensors that autograd knows
+        # a fit needs tensors that autograd knows
+        with collected(), torch.inference_mode(False), torch.no_grad():
             state, report = extract(model_tuned, model_base, method, target, energy, cls.hidden.unique_id)
         compat.show_text(report, cls.hidden.unique_id)
         return io.NodeOutput(state, report, ui=ui.PreviewText(report))

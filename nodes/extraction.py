@@ -26,6 +26,7 @@ from ..trilora_ops.targets import select
 from . import compat
 from .comfy_host import family_of, prediction_of
 from .effective_weights import EffectiveWeights
+from .notices import given, notice
 
 log = logging.getLogger("trilora")
 _WORST = 5
@@ -44,22 +45,24 @@ class Extracted:
 def extract(model_tuned, model_base, method: MethodPair, target: str, energy: float, node_id: str | None = None) -> tuple[AdapterState, str]:
     """(adapter, report) of what `model_tuned` has more than `model_base` on the layers that `target` names.
 
-    Both are patchers, and neither is loaded, patched or changed. Raises TriLoRAError where the two are models of
+    Both are patchers, and neither is loaded, patched or changed. Layers outside the blocks that have another shape in the two
+    (an inpainting model's first convolution) are left out with a notice. Raises TriLoRAError where the two are models of
     different shape, where a weight is not finite, and where they do not differ at all.
     """
     tuned, base = _open(model_tuned, model_base)
-    keys = select(adaptable(base), target)
-    for key in keys:
-        _check_shape(key, tuned.shape(key), base.shape(key))
+    chosen = select(adaptable(base), target)
+    shapes = _OtherShapes(base)
+    keys = [key for key in chosen if not shapes.differ(key, tuned.shape(key), base.shape(key))]
     bar, layers = comfy.utils.ProgressBar(len(keys)), {}
     for place, key in enumerate(keys):
         comfy.model_management.throw_exception_if_processing_interrupted()
         if not tuned.same(key, base):
-            found = _layer(key, tuned, base, method, energy, torch.Generator().manual_seed(place))
+            found = _layer(key, tuned, base, shapes, method, energy, torch.Generator().manual_seed(place))
             if found is not None:
                 layers[key] = found
         bar.update_absolute(place + 1, len(keys))
         compat.show_text(f"layer {place + 1} of {len(keys)}", node_id)
+    shapes.tell()
     if not layers:
         raise TriLoRAError(f"model_tuned: equals model_base in all {len(keys)} layers of target={target!r}; connect the model with the changes, "
                            "or choose a wider target")
@@ -74,16 +77,18 @@ def extract(model_tuned, model_base, method: MethodPair, target: str, energy: fl
 
 
 def _open(model_tuned, model_base) -> tuple[EffectiveWeights, EffectiveWeights]:
-    size = max((weight.numel() for weight in model_base.model.diffusion_model.parameters()), default=0)
+    size = max((math.prod(weight.shape) for weight in model_base.model.diffusion_model.parameters()), default=0)
     # two weights, their difference and the temporary tensors of a decomposition
     comfy.model_management.free_memory(8 * 4 * size, model_base.load_device)
     return EffectiveWeights(model_tuned), EffectiveWeights(model_base)
 
 
-def _layer(key: str, tuned: EffectiveWeights, base: EffectiveWeights, method: MethodPair, energy: float, generator: torch.Generator) -> Extracted | None:
-    """None where the difference is zero."""
+def _layer(key: str, tuned: EffectiveWeights, base: EffectiveWeights, shapes: "_OtherShapes", method: MethodPair, energy: float,
+           generator: torch.Generator) -> Extracted | None:
+    """None where the difference is zero, or where there is none since a patch gives the weight another shape."""
     weight, changed = base.weight(key), tuned.weight(key)
-    _check_shape(key, tuple(changed.shape), tuple(weight.shape))  # a patch can give a weight another shape
+    if shapes.differ(key, tuple(changed.shape), tuple(weight.shape)):
+        return None
     delta = changed.to(weight.device).sub_(weight).flatten(1)
     size = float(delta.norm())
     if not math.isfinite(size):
@@ -97,9 +102,32 @@ def _layer(key: str, tuned: EffectiveWeights, base: EffectiveWeights, method: Me
     return Extracted(adapter.cpu(), size, float(weight.norm()), error)
 
 
-def _check_shape(key: str, got: tuple[int, ...] | None, expected: tuple[int, ...]) -> None:
-    if got != expected:
-        raise TriLoRAError(f"model_tuned: {key} is {got or 'not there'}, expected {expected} as in model_base; connect two models of one family and size")
+class _OtherShapes:
+    """Layers that have another shape in the two models: a few outside the blocks are left out, such as an inpainting model's
+    first convolution; one inside the blocks means that the models are of two families or sizes."""
+
+    def __init__(self, base: EffectiveWeights):
+        layers = adaptable(base)
+        try:
+            self.inside = set(select(layers, "linear+conv"))
+        except TriLoRAError:  # a model without blocks of the known names
+            self.inside = set(layers)
+        self.found: dict[str, str] = {}
+
+    def differ(self, key: str, mine: tuple[int, ...] | None, its: tuple[int, ...]) -> bool:
+        """Whether they do, in a layer that can be left out. Raises TriLoRAError in one that cannot."""
+        if mine == its:
+            return False
+        if key in self.inside:
+            raise TriLoRAError(f"model_tuned: {key} is {mine or 'not there'}, expected {its} as in model_base; connect two models of one family and size")
+        self.found[key] = f"{key} ({mine or 'not there'}, in model_base {its})"
+        return True
+
+    def tell(self) -> None:
+        """Say what was left out."""
+        named, more = list(self.found.values())[:_WORST], len(self.found) - _WORST
+        if named:
+            notice(f"left out, since its shape differs in the two models: {', '.join(named)}{f' and {more} more' if more > 0 else ''}")
 
 
 def _prediction(patcher) -> str:
@@ -132,7 +160,7 @@ def _report(layers: Mapping[str, Extracted], tensors, ranks: Mapping[str, int], 
         facts["not seen"] = f"what model_tuned does while it runs ({', '.join(tuned.patcher.injections)}): it is not in its weights"
     worst = sorted(layers, key=lambda key: -layers[key].error)[:_WORST]
     lines = [f"  {layers[key].error:.4f}  {public_name(key, family, layout)}" for key in worst]
-    return "\n".join([describe_run(facts), "largest errors", *lines])
+    return "\n".join([describe_run(facts), "largest errors", *lines, *(f"notice: {text}" for text in given())])
 
 
 def _differs(key: str, tuned: EffectiveWeights, base: EffectiveWeights) -> bool:

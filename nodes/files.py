@@ -9,6 +9,7 @@ import os
 import folder_paths
 import torch
 
+from ..trilora_ops.atomic_files import NameTaken, unwritable
 from ..trilora_ops.block_selectors import quoted
 from ..trilora_ops.checkpoint import AdapterState, canonical_state, peft_state, read_adapter, write_adapter
 from ..trilora_ops.errors import TriLoRAError
@@ -79,10 +80,8 @@ def save_state(state: AdapterState, name: str, dtype: torch.dtype, keys: str = "
         try:
             path = str(write_adapter(path, state, dtype))
             break
-        except TriLoRAError:
-            if not os.path.lexists(path):
-                raise
-            path, _ = _free_path(prefix)  # another program has taken the name in the meantime
+        except NameTaken:  # by another writer, since the names were read
+            path, _ = _free_path(prefix)
     log.info("saved %s", path)
     compat.announce("trilora.saved", {"file": listed_name(path)})
     return path
@@ -117,7 +116,7 @@ def _free_path(prefix: str) -> tuple[str, str]:
     try:
         folder, stem, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
     except OSError as error:
-        raise TriLoRAError(f"name={quoted(prefix)}: its folder cannot be used ({error.strerror}); choose another name") from error
+        raise unwritable(os.path.join(folder_paths.get_output_directory(), prefix), error) from error
     for number in itertools.count(max(counter, 1)):
         path = os.path.join(folder, f"{stem}_{number:05}_{ENDING}")
         places = [path, *(os.path.join(place, listed_name(path)) for place in folder_paths.get_folder_paths("loras"))]

@@ -24,6 +24,11 @@ def notice(text: str) -> None:
         said.append(text)
 
 
+def given() -> list[str]:
+    """The notices given so far in the block of `collected` that is running; none outside of one."""
+    return list(_current.get() or [])
+
+
 @contextmanager
 def collected() -> Iterator[list[str]]:
     """The notices given inside the block, in order; those of an inner block are the inner block's alone."""

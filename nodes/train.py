@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from comfy_api.latest import io
 
@@ -9,6 +11,7 @@ from ..training.config import PRECISIONS, TIMESTEPS, TrainingConfig
 from ..training.schedule import SCHEDULES
 from ..trilora_ops.targets import TARGETS
 from . import compat
+from .notices import collected
 from .types import Dataset, EncodedDataset, LoraModel, LossMap, Method, Plan, Settings, StackEntry
 
 
@@ -88,12 +91,17 @@ class TrainAdapter(io.ComfyNode):
                 regularisation: EncodedDataset | None = None) -> io.NodeOutput:
         from .applying import apply_state
         from .comfy_host import ComfyHost
-        from .training_run import picture, run
+        from .kept_file import KeptFile
+        from .training_report import last_line, picture
+        from .training_run import run
 
-        # the host runs nodes in inference mode, whose tensors cannot be trained
-        with torch.inference_mode(False):
-            state, progress, report, fixed = run(ComfyHost(model, settings.precision), dataset, method, settings, target, cls.hidden.unique_id, plan, regularisation)
-            adapted, _ = apply_state(state, StackEntry("the trained adapter", 1.0, 0.0), model, None)
-        curve = picture(cls, progress, f"{method.name}: {progress.done} steps", fixed) if progress.losses else None
-        losses = {"loss": progress.losses} | ({"data": progress.data_losses, "prior": progress.prior_losses} if progress.prior_losses else {})
+        node_id, started = cls.hidden.unique_id, time.perf_counter()
+        with collected() as said, KeptFile(node_id) as kept:
+            # ComfyUI runs nodes in inference mode, whose tensors cannot be trained
+            with torch.inference_mode(False):
+                state, progress, report, fixed = run(ComfyHost(model, settings.precision), dataset, method, settings, target, node_id, plan, regularisation, kept)
+                adapted, _ = apply_state(state, StackEntry("the trained adapter", 1.0, 0.0), model, None)
+            curve = picture(cls, progress, f"{method.name}: {progress.done} steps", fixed) if progress.losses else None
+            losses = {"loss": progress.losses} | ({"data": progress.data_losses, "prior": progress.prior_losses} if progress.prior_losses else {})
+            compat.show_text("\n".join([last_line(progress, time.perf_counter() - started, fixed), *said]), node_id)
         return io.NodeOutput(adapted, state, losses, report, ui=curve)

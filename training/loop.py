@@ -16,7 +16,7 @@ from ..trilora_ops.errors import TriLoRAError
 from .batches import batches, by_signature
 from .config import TrainingConfig
 from .host import Host, Sample
-from .inject import injected, needs_clones
+from .inject import has_no_backward, injected, needs_clones
 from .objective import draw_u, loss_weight, x0_loss
 from .schedule import rate_factor
 
@@ -130,22 +130,27 @@ def train(host: Host, adapters: Mapping[str, Adapter], samples: Sequence[Sample]
     return progress
 
 
-@torch.no_grad()
 def evaluate(host: Host, adapters: Mapping[str, Adapter], samples: Sequence[Sample], config: TrainingConfig, draws: int = 8) -> float:
-    """Mean loss on a fixed set of samples, noise and noise levels: comparable across steps, unlike the training loss.
+    """Mean of `fixed_noise_losses`."""
+    return sum(fixed_noise_losses(host, adapters, samples, config, draws)) / draws
+
+
+@torch.no_grad()
+def fixed_noise_losses(host: Host, adapters: Mapping[str, Adapter], samples: Sequence[Sample], config: TrainingConfig, draws: int = 8) -> list[float]:
+    """Losses on a fixed set of samples, noise and noise levels: comparable across steps, unlike the training loss.
 
     draws: sample and noise pairs, with u spread evenly over (0, 1). Seeded by config.seed; draws nothing from the run.
     """
     generator = torch.Generator().manual_seed(config.seed + 1)
-    total = 0.0
+    losses = []
     with injected(host, adapters):
         for i in range(draws):
             host.check_interrupt()
             sample = samples[i * len(samples) // draws] if len(samples) > draws else samples[i % len(samples)]
             noise = torch.randn(sample.x0.shape, generator=generator)
             u = torch.tensor([(i + 0.5) / draws])
-            total += float(_losses(host, [sample], noise, u, config).sum())
-    return total / draws
+            losses.append(float(_losses(host, [sample], noise, u, config).sum()))
+    return losses
 
 
 def _optimizer(adapters: Mapping[str, Adapter], config: TrainingConfig, rates: Mapping[str, float]) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
@@ -197,6 +202,10 @@ def _accumulate(host: Host, adapters, data: list[Pass], prior: list[Pass], confi
                 scaler.scale(penalty).backward()
             return means[0], means[1]
         except RuntimeError as error:
+            if has_no_backward(error):
+                reason = str(error).splitlines()[0][:200]
+                raise TriLoRAError(f"model: an operation of it has no backward pass ({reason}); take off the model what nodes have "
+                                   "changed in how it computes, or update ComfyUI") from error
             if progress.cloning or not needs_clones(error):
                 raise
             log.info("this model writes into activations in place; training keeps copies of them")
@@ -212,6 +221,9 @@ def _backward(host: Host, adapters, passes: list[Pass], weight: float, config: T
         for members in by_signature(batch):  # caption dropout may have mixed two kinds of conditions
             with injected(host, adapters, config.checkpointing, progress.cloning):
                 losses = _losses(host, [batch[m] for m in members], torch.cat([noise[m] for m in members]), u[members], config)
+                if not losses.requires_grad:
+                    raise TriLoRAError("model: no gradient reaches the layers that are trained; choose a wider target or other blocks, or "
+                                       "take off what changes how the model computes")
                 scaler.scale(weight * losses.sum() / count).backward()
             total += losses.detach().sum() / count
     return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -83,7 +84,7 @@ def describe_plan(host: Host, adapters: Mapping[str, Adapter], target: str, plan
     trained = {places[key] for key in adapters}
     first = next(place for place, block in enumerate(order) if block in trained)
     below = set(order[:first])
-    weights = {key: module.weight.numel() for key, module in host.layers().items()}
+    weights = {key: math.prod(module.weight.shape) for key, module in host.layers().items()}  # packed ones have fewer entries
     passed = sum(count for key, count in weights.items() if places[key] not in below)
     ranks = sorted({adapter.residual.rank for adapter in adapters.values()} - {0})  # 0: a method without a residual
     whole = len(select(adaptable(host), target))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from .atomic_files import NameTaken, publish
 from .errors import TriLoRAError
 from .factors import canonicalise
 from .files.kinds import by_layer, read_layer
@@ -124,28 +124,19 @@ def read_adapter(path: str | os.PathLike) -> AdapterState:
 
 
 def write_adapter(path: str | os.PathLike, state: AdapterState, dtype: torch.dtype) -> Path:
-    """Write atomically (a complete file appears or none). Never overwrites.
+    """Write atomically (a complete file appears or none, see `atomic_files`). Never overwrites.
 
     dtype: of all floating-point tensors but alpha, scales and transforms, which stay fp32: half precision cannot hold an
-    identity plus something small. Hashes that the metadata have of another file are left out. Raises TriLoRAError where the file exists or the dtype cannot hold a value.
+    identity plus something small. Hashes that the metadata have of another file are left out. Raises NameTaken where the file
+    exists, and TriLoRAError where the dtype cannot hold a value or the file cannot be written.
     """
     path = Path(path)
-    if path.exists():
-        raise TriLoRAError(f"{path.name}: a file of this name exists already; choose another name")
+    if os.path.lexists(path):
+        raise NameTaken(f"{path.name}: a file of this name exists already; choose another name")
     check_finite(state, "holds NaN or infinite values; train it again with a lower learning rate")
     tensors = {k: _cast(k, v, dtype) for k, v in sorted(state.items())}
     check_finite(tensors, f"holds a value too large for {str(dtype).removeprefix('torch.')}; save the adapter as bf16 or fp32")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.partial")
-    try:
-        partial.touch()
-        mode = partial.stat().st_mode  # what this process gives its files; the writer makes the owner's alone
-        save_file(tensors, partial, metadata={k: v for k, v in state.metadata.items() if not k.startswith(_HASHES)})
-        partial.chmod(mode)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    publish(path, save(tensors, metadata={k: v for k, v in state.metadata.items() if not k.startswith(_HASHES)}))
     return path
 
 

@@ -1,0 +1,76 @@
+"""What a run's own numbers say against it, in sentences with what to change."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from ..trilora_ops.adapter import Adapter
+from .config import TrainingConfig
+from .loop import Progress
+
+_WORSE = 0.01  # a rise of the loss by less is no reason to speak
+_SKIPPED = 0.05  # share of steps
+_BLOCKS = 8  # named in one sentence
+
+
+@torch.no_grad()
+def moves(adapter: Adapter) -> bool:
+    """Whether T x + R x differs from x, for an x drawn at random: exactly, in fp32."""
+    shape = adapter.shape
+    device = next((p.device for p in adapter.parameters()), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn((1, shape.inp, *(1 for _ in shape.kernel)), generator=generator).to(device)
+    if not torch.allclose(adapter.transform.act(x), x, rtol=1e-6, atol=1e-6):
+        return True
+    pair = adapter.residual.low_rank()
+    if pair is None:
+        return False
+    probe = torch.randn((shape.columns,), generator=generator).to(device)
+    return bool((pair.up @ (pair.down @ probe)).any())
+
+
+def unmoved(adapters: Mapping[str, Adapter], block_of: Callable[[str], str]) -> str | None:
+    """A sentence about the adapters that are as they were at the start; None where all have moved.
+
+    block_of: target key -> the name of the block that it lies in.
+    """
+    still = [key for key, adapter in adapters.items() if not moves(adapter)]
+    if not still:
+        return None
+    if len(still) == len(adapters):
+        return (f"the adapter did not move: none of its {len(still)} layers changed; raise learning_rate or steps, and "
+                "look whether a node before this one changes how the model computes")
+    blocks = Counter(map(block_of, still))
+    named = [f"{block} ({count})" for block, count in list(blocks.items())[:_BLOCKS]]
+    more = f" and {len(blocks) - _BLOCKS} more blocks" if len(blocks) > _BLOCKS else ""
+    return (f"{len(still)} of {len(adapters)} layers never moved: {', '.join(named)}{more}; no gradient reaches them, so leave "
+            "them out with a Block Plan, or take what changes the attention of this model off it")
+
+
+def doubts(before: Sequence[float], after: Sequence[float], progress: Progress, config: TrainingConfig) -> list[str]:
+    """Sentences about the losses on fixed noise before and after, draw by draw, and about skipped steps."""
+    found = []
+    first, last = _mean(before), _mean(after)
+    if not math.isfinite(last):
+        found.append("the loss is not a number after the last step, so the adapter is of no use; lower learning_rate, or set precision to bf16")
+    elif last - first > _WORSE * first and last - first > 2 * _error([b - a for a, b in zip(before, after, strict=True)]):
+        found.append(f"the training made it worse: loss on fixed noise {first:.4f} before, {last:.4f} after; lower learning_rate "
+                     f"(it was {config.learning_rate:g}), for example to a tenth")
+    if progress.skipped > _SKIPPED * progress.done:
+        found.append(f"{progress.skipped} of {progress.done} steps were skipped, because loss or gradient was not finite; lower "
+                     "learning_rate, or set precision to bf16")
+    return found
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _error(values: Sequence[float]) -> float:
+    """Standard error of the mean."""
+    mean, count = _mean(values), len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / max(1, count - 1) / count)
