@@ -1,11 +1,13 @@
 """The adapter file: writing, strict reading of ours, refusing what is broken, and what never happens to a file on disk."""
 
+import errno
 import os
 import re
 
 import pytest
 import torch
-from comfyui_trilora.trilora_ops import checkpoint
+from comfyui_trilora.trilora_ops import atomic_files, checkpoint
+from comfyui_trilora.trilora_ops.atomic_files import NameTaken
 from comfyui_trilora.trilora_ops.checkpoint import (
     AdapterState,
     FileLayer,
@@ -190,32 +192,35 @@ def test_nothing_is_overwritten(tmp_path):
     assert path.read_bytes() == b"precious" and os.listdir(tmp_path) == ["a.safetensors"]
 
 
-@pytest.mark.parametrize("failure", [OSError("disk full"), KeyboardInterrupt()], ids=["error", "interrupt"])
-@pytest.mark.parametrize("stage", ["save_file", "replace"])
-def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch, failure, stage):
-    """Whatever stops a write, neither the file nor its partial form stays."""
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch, failure):
+    """Whatever stops a write, neither the file nor its partial form stays; a fault of the disk is one sentence."""
 
-    def fail(*args, **kwargs):
-        if stage == "save_file":
-            (tmp_path / os.path.basename(args[1])).write_bytes(b"half")
+    def fail(file, content):
+        file.write(content[:10])
         raise failure
 
-    monkeypatch.setattr(*((checkpoint, "save_file") if stage == "save_file" else (checkpoint.os, "replace")), fail)
-    with pytest.raises(type(failure)):
+    monkeypatch.setattr(atomic_files, "_write", fail)
+    with pytest.raises(TriLoRAError if isinstance(failure, OSError) else KeyboardInterrupt) as error:
         write_adapter(tmp_path / "a.safetensors", adapter_state(), torch.float16)
     assert os.listdir(tmp_path) == []
+    assert isinstance(error.value, KeyboardInterrupt) or "a.safetensors: cannot be written to" in str(error.value)
 
 
 def test_a_file_appears_only_when_it_is_complete(tmp_path, monkeypatch):
-    seen = []
+    """Another writer takes the name while this one writes: its file stays, and this one says so."""
+    write, seen = atomic_files._write, []
 
-    def watch(tensors, name, metadata):
-        save_file(tensors, name, metadata=metadata)
-        seen.append([entry for entry in os.listdir(tmp_path) if entry.endswith(".safetensors")])
+    def race(file, content):
+        write(file, content)
+        seen.extend(name for name in os.listdir(tmp_path) if name.endswith(".safetensors"))
+        (tmp_path / "a.safetensors").write_bytes(b"the other's")
 
-    monkeypatch.setattr(checkpoint, "save_file", watch)
-    write_adapter(tmp_path / "a.safetensors", adapter_state(), torch.float16)
-    assert seen == [[]] and os.listdir(tmp_path) == ["a.safetensors"]
+    monkeypatch.setattr(atomic_files, "_write", race)
+    with pytest.raises(NameTaken):
+        write_adapter(tmp_path / "a.safetensors", adapter_state(), torch.float16)
+    assert seen == [] and os.listdir(tmp_path) == ["a.safetensors"]
+    assert (tmp_path / "a.safetensors").read_bytes() == b"the other's"
 
 
 def test_alpha_is_exact_in_half_precision():
