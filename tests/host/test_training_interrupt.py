@@ -179,7 +179,7 @@ def test_a_picture_that_cannot_be_drawn_costs_no_adapter(host_nodes, trainee, pa
     def broken(*args, **kwargs):
         raise ImportError("numpy.core.multiarray failed to import")
 
-    monkeypatch.setattr(pack_module("nodes.training_run"), "plot_loss", broken)
+    monkeypatch.setattr(pack_module("nodes.training_report"), "plot_loss", broken)
     settings = run_node(host_nodes, "TriLoRATrainingSettings", steps=1)[0]
     method = run_node(host_nodes, "TriLoRAMethodLoRA", rank=2)[0]
     model, adapter, loss, report = run_node(host_nodes, "TriLoRATrainAdapter", model=trainee.tiny.patcher, dataset=trainee.dataset,
