@@ -1,6 +1,7 @@
 """Extract Adapter in the host: what comes out is the difference of what the host itself computes, for every way to make one."""
 
 import comfy.lora
+import comfy.model_base
 import comfy.model_management
 import comfy.ops
 import comfy.sd
@@ -285,3 +286,43 @@ def holder(layer):
     model.diffusion_model = torch.nn.Module()
     model.diffusion_model.fc = layer
     return tiny_models.as_patcher(model)
+
+
+def wider_first_layer(tiny, key: str):
+    """The model again, with nine input channels, and `key` changed."""
+    with torch.inference_mode():
+        model_config = type(tiny.patcher.model.model_config)({**tiny.patcher.model.model_config.unet_config, "in_channels": 9})
+        model_config.unet_config["num_head_channels"] = 32
+        model_config.set_inference_dtype(torch.float32, None)
+        model = comfy.model_base.BaseModel(model_config, device=torch.device("cpu"))
+        state = {name: value.clone() for name, value in tiny.patcher.model.diffusion_model.state_dict().items()}
+        mine = model.diffusion_model.state_dict()
+        state = {name: value if value.shape == mine[name].shape else mine[name] for name, value in state.items()}
+        state[key.removeprefix("diffusion_model.")] = state[key.removeprefix("diffusion_model.")] + 0.1
+        model.diffusion_model.load_state_dict(state)
+    return tiny_models.as_patcher(model)
+
+
+def test_a_first_convolution_of_another_shape_is_left_out_and_named(host_nodes, tiny, method):
+    """An inpainting model minus its base: all the rest is extracted."""
+    key, first = "diffusion_model.middle_block.1.proj_in.weight", "diffusion_model.input_blocks.0.0.weight"
+    tuned = wider_first_layer(tiny, key)
+    adapter, report = run_node(host_nodes, "TriLoRAExtractAdapter", model_tuned=tuned, model_base=tiny.patcher,
+                               method=method("lora", 2), target="everything")
+    assert [name for name in adapter if ".lora_up" in name] == ["lora_unet_mid_block_attentions_0_proj_in.lora_up.weight"]
+    (line,) = [line for line in report.splitlines() if line.startswith("notice")]
+    assert f"{first} ((64, 9, 3, 3), in model_base (64, 4, 3, 3))" in line and "left out" in line
+
+
+def test_a_patch_that_widens_the_first_convolution_is_left_out_too(host_nodes, tiny, method, error):
+    """As Flux control files do; in a layer inside the blocks it means another model."""
+    first, inside = "diffusion_model.input_blocks.0.0.weight", "diffusion_model.middle_block.1.proj_in.weight"
+    tuned = tiny.patcher.clone()
+    tuned.add_patches({inside: (0.1 * torch.ones(tiny.patcher.model.state_dict()[inside].shape),),
+                       first: ("diff", (torch.ones(64, 9, 3, 3), {"pad_weight": True}))}, 1.0)
+    adapter, report = run_node(host_nodes, "TriLoRAExtractAdapter", model_tuned=tuned, model_base=tiny.patcher, method=method("lora", 2), target="everything")
+    assert len(adapter) == 3 and f"left out, since its shape differs in the two models: {first}" in report
+    broken = tiny.patcher.clone()
+    broken.add_patches({inside: ("diff", (torch.ones(128, 200), {"pad_weight": True}))}, 1.0)
+    with pytest.raises(error, match="connect two models of one family and size"):
+        run_node(host_nodes, "TriLoRAExtractAdapter", model_tuned=broken, model_base=tiny.patcher, method=method("lora", 2), target="everything")

@@ -1,0 +1,141 @@
+"""A run that is of no use says so on the node and in the report, in words and with what to change; one that cannot be, at once."""
+
+import dataclasses
+
+import pytest
+import torch
+from comfyui_trilora.tests.host import tiny_models
+from comfyui_trilora.tests.host.tiny_run import random_dataset, run_node
+
+NAN = float("nan")
+
+
+@pytest.fixture(scope="module")
+def model(host_nodes):
+    return tiny_models.flow_model()
+
+
+@pytest.fixture
+def texts(pack_module, monkeypatch):
+    """What the node shows, in order."""
+    shown = []
+    monkeypatch.setattr(pack_module("nodes.compat"), "show_text", lambda text, node_id: shown.append(text))
+    return shown
+
+
+@pytest.fixture
+def train(host_nodes, pack_module, model):
+    """Function: settings and other inputs -> the report of Train Adapter."""
+
+    def run(dataset=None, patcher=None, plan=None, target="attention", **settings) -> str:
+        inputs = {} if plan is None else {"plan": plan}
+        return run_node(
+            host_nodes, "TriLoRATrainAdapter", model=patcher or model.patcher,
+            dataset=dataset or random_dataset(pack_module("nodes.types"), model), target=target, **inputs,
+            method=run_node(host_nodes, "TriLoRAMethodLoRA", rank=2)[0],
+            settings=run_node(host_nodes, "TriLoRATrainingSettings", **{"steps": 3, "schedule": "constant", "warmup": 0.0, **settings})[0],
+        )[3]  # fmt: skip
+
+    return run
+
+
+def both(texts, report: str, words: str) -> str:
+    """The one sentence that holds `words` and stands on the node when all is done, and in the report."""
+    (line,) = [line for line in texts[-1].splitlines() if words in line]
+    assert f"notice: {line}" in report.splitlines()
+    return line
+
+
+def test_a_run_without_doubts_says_nothing(train, texts):
+    report = train(learning_rate=1e-4)
+    assert "notice" not in report and "\n" not in texts[-1] and "loss on fixed noise" in texts[-1]
+
+
+def test_a_run_that_made_it_worse_says_so(train, texts, pack_module, monkeypatch):
+    """Each step goes uphill."""
+    loop = pack_module("training.loop")
+    real = loop.x0_loss
+    monkeypatch.setattr(loop, "x0_loss", lambda *args: -losses if (losses := real(*args)).requires_grad else losses)
+    line = both(texts, train(steps=12, learning_rate=0.01), "made it worse")
+    assert "before" in line and "lower learning_rate (it was 0.01)" in line
+
+
+def test_an_adapter_that_did_not_move_says_so(train, texts, pack_module, monkeypatch):
+    """Every gradient is zero, as below a kernel that loses it."""
+    monkeypatch.setattr(pack_module("training.loop"), "x0_loss", lambda estimate, x0, weight: 0.0 * (estimate - x0).flatten(1).mean(1))
+    line = both(texts, train(), "did not move")
+    assert "none of its 7 layers changed" in line and "raise learning_rate" in line
+
+
+def test_layers_that_never_moved_are_named_by_their_blocks(train, texts, model):
+    """One block's output is cut off from the graph."""
+    block = model.patcher.model.diffusion_model.joint_blocks[0].x_block.attn
+    handle = block.register_forward_pre_hook(lambda module, args: tuple(a.detach() for a in args))
+    forward = block.qkv.register_forward_hook(lambda module, args, output: output.detach())
+    try:
+        line = both(texts, train(), "never moved")
+    finally:
+        handle.remove()
+        forward.remove()
+    assert line.startswith("1 of 7 layers never moved: J00 (1)") and "Block Plan" in line
+
+
+def test_many_skipped_steps_are_said(train, texts, pack_module, monkeypatch):
+    """Every second step has no finite loss: never twenty in a row, and half of the run is lost."""
+    loop, calls = pack_module("training.loop"), []
+    real = loop.x0_loss
+
+    def broken(*args):
+        calls.append(1)
+        losses = real(*args)
+        return losses * NAN if losses.requires_grad and len(calls) % 2 else losses
+
+    monkeypatch.setattr(loop, "x0_loss", broken)
+    line = both(texts, train(steps=10), "were skipped")
+    assert line.startswith("5 of 10 steps were skipped") and "lower learning_rate" in line
+
+
+def test_a_plan_that_asks_for_what_is_not_there_says_so_on_the_node(train, texts, host_nodes):
+    plan = run_node(host_nodes, "TriLoRABlockPlan", rank="J=2, TE1=2, EMB=4")[0]
+    report = train(plan=plan)
+    assert "text encoders are not trained" in both(texts, report, "text encoders")
+    assert "has no layer in" in both(texts, report, "has no layer in")
+
+
+def test_checkpointing_without_blocks_is_said_on_the_node(train, texts, pack_module, monkeypatch):
+    monkeypatch.setattr(pack_module("nodes.comfy_host").ComfyHost, "blocks", lambda self: [])
+    both(texts, train(checkpointing=True), "no blocks known to be recomputable")
+
+
+def test_a_curve_that_cannot_be_drawn_is_said_on_the_node(train, texts, pack_module, monkeypatch):
+    monkeypatch.setattr(pack_module("nodes.training_report"), "plot_loss", lambda *args: (_ for _ in ()).throw(ImportError("no numpy")))
+    train()
+    assert "the loss curve could not be drawn (no numpy)" in texts[-1]
+
+
+def broken_latent(image):
+    return dataclasses.replace(image, latent=torch.full_like(image.latent, NAN))
+
+
+def broken_caption(image):
+    text, options = image.conditioning[0]
+    return dataclasses.replace(image, conditioning=[[torch.full_like(text, NAN), options]])
+
+
+@pytest.mark.parametrize("break_image", [broken_latent, broken_caption])
+@pytest.mark.parametrize("broken", [0, 11])
+def test_values_that_are_not_finite_stop_the_run_at_once_and_name_the_image(train, texts, pack_module, model, error, break_image, broken):
+    """Also an image that the first measurement, of eight draws, does not look at."""
+    dataset = random_dataset(pack_module("nodes.types"), model, count=12)
+    images = [break_image(image) if place == broken else image for place, image in enumerate(dataset.images)]
+    with pytest.raises(error) as said:
+        train(dataclasses.replace(dataset, images=tuple(images)))
+    assert f"{broken}.png" in str(said.value) and "fp32" in str(said.value)
+    assert not any(text.startswith("step") for text in texts)
+
+
+def test_a_model_whose_first_loss_is_not_finite_stops_the_run_at_once(train, texts, pack_module, error, monkeypatch):
+    monkeypatch.setattr(pack_module("training.loop"), "x0_loss", lambda estimate, x0, weight: (estimate - x0).flatten(1).mean(1) * NAN)
+    with pytest.raises(error, match="not finite before the first step.*precision to bf16"):
+        train()
+    assert not any(text.startswith("step") for text in texts)
