@@ -2,17 +2,21 @@
 
 The model: its weights with their patches, its objects (noise schedule, latent format, layers), its plain values (such as
 `rope_options`), and the forward passes that injections put on its layers. Not the model: functions that nodes hook into
-the denoiser's forward pass or into the sampler, and the attention function, of which not every one has a backward pass.
+the denoiser's forward pass or into the sampler, or run when sampling begins, and the attention function, of which not
+every one has a backward pass.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+
+from comfy.patcher_extension import CallbacksMP
 
 _ATTENTION = "optimized_attention_override"
-_HOOKED = ("patches", "patches_replace", "wrappers", "callbacks", _ATTENTION)
+_HOOKED = ("patches", "patches_replace", "wrappers", "callbacks", _ATTENTION)  # of the transformer options
+_OF_RUNS = (CallbacksMP.ON_PRE_RUN, CallbacksMP.ON_CLEANUP)
 _HOST = ("comfy.", "comfy_api.")
 _NAMED = 12  # in one sentence
 
@@ -20,52 +24,56 @@ _NAMED = 12  # in one sentence
 def model_alone(patcher) -> tuple[dict, list[str]]:
     """(the transformer options that belong to the model, a sentence about what was left out, if anything was).
 
-    Takes functions and compiled modules that stand in the denoiser's place off `patcher`, which must be a clone of one's own.
+    Takes off `patcher`, which must be a clone of one's own, what stands in the place of the denoiser's own functions and what
+    it would call when a run begins and ends.
     """
     options = patcher.model_options.get("transformer_options", {})
-    hooked = [patcher.object_patches.pop(name) for name, value in list(patcher.object_patches.items()) if _is_hook(name, value)]
-    names = [
-        *(_name(value, "a compiled model" if hasattr(value, "_orig_mod") else "forward") for value in hooked),
-        *_names_in({key: options[key] for key in _HOOKED if key in options and key != "callbacks"}),
-        *_names_in({key: value for key, value in options.items() if key not in _HOOKED and _is_function(value)}),
-        *_names_in(getattr(patcher, "wrappers", {})),
-        *_names_in({key: value for key, value in patcher.model_options.items() if key != "transformer_options" and _holds_functions(value)}),
+    hooked = {name: value for name, value in patcher.object_patches.items() if _is_hook(name, value)}
+    for name in hooked:
+        del patcher.object_patches[name]
+    hooks = [
+        hooked,
+        {key: value for key, value in options.items() if key in _HOOKED or callable(value)},
+        getattr(patcher, "wrappers", {}),
+        {kind: patcher.callbacks.pop(kind) for kind in _OF_RUNS if patcher.callbacks.get(kind)},
+        {key: value for key, value in patcher.model_options.items() if key != "transformer_options" and _holds_functions(value)},
     ]
-    kept = {key: value for key, value in options.items() if key not in _HOOKED and not _is_function(value)}
-    found = list(dict.fromkeys(names))
+    kept = {key: value for key, value in options.items() if key not in _HOOKED and not callable(value)}
+    found = list(dict.fromkeys(name for each in hooks for name in _names_in(each)))
     if not found:
         return kept, []
     more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
     attention = "; attention is computed by torch" if _ATTENTION in options else ""
-    return kept, [f"trained without what acts only in sampling: {', '.join(found[:_NAMED])}{more}{attention}"]
-
-
-def _is_function(value) -> bool:
-    return inspect.isroutine(value) or isinstance(value, functools.partial)
+    return kept, [f"trained on the model alone, without what nodes hook into it for sampling: {', '.join(found[:_NAMED])}{more}{attention}"]
 
 
 def _holds_functions(value) -> bool:
-    return _is_function(value) or (isinstance(value, list) and any(map(_is_function, value)))
+    return callable(value) or (isinstance(value, list) and any(map(callable, value)))
 
 
 def _is_hook(name: str, value) -> bool:
     """Whether an object patch is a forward pass in the place of the denoiser's own."""
     inside = name == "diffusion_model" or name.startswith("diffusion_model.")
-    return inside and (_is_function(value) or name.endswith(".forward") or hasattr(value, "_orig_mod"))
+    function = inspect.isroutine(value) or isinstance(value, functools.partial)
+    return inside and (function or name.endswith(".forward") or hasattr(value, "_orig_mod"))
 
 
-def _names_in(hooks: Mapping) -> Iterator[str]:
+def _names_in(hooks, key: str = "") -> Iterator[str]:
     """Names of the functions anywhere in nested dictionaries and lists; those of ComfyUI's own go by the key that they are under."""
-    for key, value in hooks.items():
-        if isinstance(value, Mapping):
-            yield from _names_in(value)
-            continue
-        for function in value if isinstance(value, Iterable) and not callable(value) else [value]:
-            yield _name(function, str(key))
+    if isinstance(hooks, Mapping):
+        for inner, value in hooks.items():
+            yield from _names_in(value, str(inner or key))
+    elif isinstance(hooks, (list, tuple)):
+        for value in hooks:
+            yield from _names_in(value, key)
+    elif callable(hooks) and not isinstance(hooks, type):  # a class says what a function is for
+        yield _name(hooks, key)
 
 
 def _name(function, key: str) -> str:
     """The node or class whose function it is: the first part of its qualified name."""
+    if hasattr(function, "_orig_mod"):
+        return "torch.compile"
     while isinstance(function, functools.partial):
         function = function.func
     named = function if inspect.isroutine(function) else type(function)
