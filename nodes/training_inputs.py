@@ -41,7 +41,9 @@ def _check_finite(sample: Sample) -> None:
     if not torch.isfinite(sample.x0).all():
         raise TriLoRAError(f"dataset: the latent of {sample.name[:200]} holds NaN or infinite values; encode it again with the VAE in fp32 "
                            "(start ComfyUI with --fp32-vae)")
-    if not all(torch.isfinite(tensor).all() for cond in sample.conditions.values() for tensor in _tensors(cond.cond)):
+    # a mask may say minus infinity
+    values = [cond.cond for name, cond in sample.conditions.items() if "mask" not in name]
+    if not all(torch.isfinite(tensor).all() for tensor in _tensors(values)):
         raise TriLoRAError(f"dataset: what the text encoder made of the caption of {sample.name[:200]} holds NaN or infinite values; encode it "
                            "again with the text encoder in fp32 (start ComfyUI with --fp32-text-enc)")
 
