@@ -92,9 +92,10 @@ def _described(fault: BaseException | None) -> str:
 
 def _say_in(reason: BaseException, text: str) -> None:
     """Add a sentence to what an exception says; its type stays, since ComfyUI treats some types in their own way."""
-    if isinstance(reason, OSError) and reason.strerror:
-        reason.strerror = f"{reason.strerror}; {text}"
-    else:
-        reason.args = (f"{_described(reason)}; {text}",)
+    with suppress(Exception):  # a class of its own kind may refuse
+        if isinstance(reason, OSError) and reason.strerror:
+            reason.strerror = f"{reason.strerror}; {text}"
+        else:
+            reason.args = (f"{_described(reason)}; {text}",)
     if text not in str(reason) and hasattr(reason, "add_note"):
         reason.add_note(text)

@@ -148,7 +148,7 @@ def _trained(task: Run, node_id: str | None, file: KeptFile) -> tuple[AdapterSta
         after = task.losses([samples, prior])
         blocks = blocks_of(host.model)
         still = unmoved(task.adapters, lambda key: blocks.place(key).block)
-        for text in [*([still] if still else []), *doubts(before[0], after[0], progress, settings)]:
+        for text in [*([still] if still else []), *doubts(before, after, progress, settings)]:
             notice(text)
     return state, progress, before, after
 

@@ -64,20 +64,27 @@ def test_many_blocks_are_a_short_sentence():
      ([1.0, 1.0, 1.0, 1.0], [1.1, 1.2, 1.1, 1.2], True)],
 )
 def test_a_loss_that_rose_is_said_where_it_is_more_than_noise(before, after, speaks):
-    found = doubts(before, after, Progress(10, done=10), TrainingConfig())
+    found = doubts([before], [after], Progress(10, done=10), TrainingConfig())
     assert len(found) == speaks
     assert not speaks or ("made it worse" in found[0] and "lower learning_rate" in found[0])
 
 
+@pytest.mark.parametrize(("after", "speaks"), [([1.05, 1.06], False), ([1.2, 1.3], True), ([0.9, 0.9], False)])
+def test_what_the_model_has_forgotten_is_said(after, speaks):
+    found = doubts([[2.0, 2.0], [1.0, 1.0]], [[1.5, 1.5], after], Progress(10, done=10), TrainingConfig())
+    assert len(found) == speaks
+    assert not speaks or "raise prior_weight (it was 1)" in found[0]
+
+
 @pytest.mark.parametrize(("skipped", "speaks"), [(0, False), (5, False), (6, True), (40, True)])
 def test_a_share_of_skipped_steps_is_said(skipped, speaks):
-    found = doubts([1.0], [1.0], Progress(100, done=100, skipped=skipped), TrainingConfig())
+    found = doubts([[1.0]], [[1.0]], Progress(100, done=100, skipped=skipped), TrainingConfig())
     assert len(found) == speaks
     assert not speaks or found[0].startswith(f"{skipped} of 100 steps were skipped")
 
 
 def test_a_loss_that_is_no_number_is_said_once():
-    (text,) = doubts([1.0, 1.0], [math.nan, 1.0], Progress(100, done=100), TrainingConfig())
+    (text,) = doubts([[1.0, 1.0]], [[math.nan, 1.0]], Progress(100, done=100), TrainingConfig())
     assert "not a number after the last step" in text
 
 

@@ -12,7 +12,8 @@ from ..trilora_ops.adapter import Adapter
 from .config import TrainingConfig
 from .loop import Progress
 
-_WORSE = 0.01  # a rise of the loss by less is no reason to speak
+_WORSE = 0.01  # a rise of the loss by a smaller share is no reason to speak
+_FORGOTTEN = 0.1  # of the regularisation set's, which rises a little in every run
 _SKIPPED = 0.05  # share of steps
 _BLOCKS = 8  # named in one sentence
 
@@ -51,19 +52,30 @@ def unmoved(adapters: Mapping[str, Adapter], block_of: Callable[[str], str]) -> 
             "them out with a Block Plan, or take what changes the attention of this model off it")
 
 
-def doubts(before: Sequence[float], after: Sequence[float], progress: Progress, config: TrainingConfig) -> list[str]:
-    """Sentences about the losses on fixed noise before and after, draw by draw, and about skipped steps."""
+def doubts(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]], progress: Progress, config: TrainingConfig) -> list[str]:
+    """Sentences about losses and skipped steps.
+
+    before, after: losses on fixed noise, draw by draw, of the data and, where there is one, of the regularisation set.
+    """
     found = []
-    first, last = _mean(before), _mean(after)
-    if not math.isfinite(last):
+    if not all(math.isfinite(_mean(losses)) for losses in after):
         found.append("the loss is not a number after the last step, so the adapter is of no use; lower learning_rate, or set precision to bf16")
-    elif last - first > _WORSE * first and last - first > 2 * _error([b - a for a, b in zip(before, after, strict=True)]):
-        found.append(f"the training made it worse: loss on fixed noise {first:.4f} before, {last:.4f} after; lower learning_rate "
-                     f"(it was {config.learning_rate:g}), for example to a tenth")
+    elif _rose(before[0], after[0], _WORSE):
+        found.append(f"the training made it worse: loss on fixed noise {_mean(before[0]):.4f} before, {_mean(after[0]):.4f} after; lower "
+                     f"learning_rate (it was {config.learning_rate:g}), for example to a tenth")
+    elif len(before) > 1 and _rose(before[1], after[1], _FORGOTTEN):
+        found.append(f"the model has forgotten something of what it shall keep: loss of the regularisation set {_mean(before[1]):.4f} before, "
+                     f"{_mean(after[1]):.4f} after; raise prior_weight (it was {config.prior_weight:g})")
     if progress.skipped > _SKIPPED * progress.done:
         found.append(f"{progress.skipped} of {progress.done} steps were skipped, because loss or gradient was not finite; lower "
                      "learning_rate, or set precision to bf16")
     return found
+
+
+def _rose(before: Sequence[float], after: Sequence[float], share: float) -> bool:
+    """Whether the mean is higher by more than this share of it, and by more than the draws' own scatter explains."""
+    rise = [b - a for a, b in zip(before, after, strict=True)]
+    return _mean(rise) > max(share * _mean(before), 2 * _error(rise))
 
 
 def _mean(values: Sequence[float]) -> float:

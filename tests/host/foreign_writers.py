@@ -138,10 +138,11 @@ def train(node_class, build, **options):
     }  # fmt: skip
     call = node_class.execute if hasattr(node_class, "execute") else node_class().train
     values = {name: value for name, value in values.items() if name in inspect.signature(call).parameters}
+    if getattr(node_class, "INPUT_IS_LIST", False):
+        values = {name: [value] for name, value in values.items()}
     with torch.inference_mode():  # as the executor calls it
-        if hasattr(node_class, "execute"):  # 0.33.0 takes every input as a list
-            return call(**{name: [value] for name, value in values.items()}).result[0]
-        return call(**values)[1]
+        outputs = call(**values)
+    return getattr(outputs, "result", outputs)[node_class.RETURN_TYPES.index("LORA_MODEL")]
 
 
 def _plain(patcher):
