@@ -11,6 +11,12 @@ META = torch.device("meta")
 # options that the older host's classes do not know: it builds the same network without them, or without a part outside its blocks
 LATER = {"txt_ids_dims", "use_cond_type_embedding", "vision_in_dim", "meanflow_sum", "rope_theta", "use_additional_t_cond", "default_ref_method",
          "vec_in_dim", "clip_text_dim", "use_x0", "use_sequential_txt_ids"}
+# options that are a network of their own: a host that does not know one has not that network
+OWN_PARTS = {"siglip_feat_dim"}
+
+
+class NotInHost(Exception):
+    """This host has not the network, or not all of it."""
 
 
 class Network(NamedTuple):
@@ -282,7 +288,9 @@ WITHOUT = {
 
 @torch.no_grad()
 def build(network: Network) -> torch.nn.Module:
-    """The host's model (a BaseModel), its denoiser on `meta`."""
+    """The host's model (a BaseModel), its denoiser on `meta`. Raises NotInHost."""
+    if not hasattr(comfy.supported_models, network.host_class):
+        raise NotInHost(f"this host has no {network.host_class}: its counts are those that its authors published")
     options = dict(network.config)
     projection = {"cc_projection.weight": torch.empty(768, 772, device=META), "cc_projection.bias": torch.empty(768, device=META)}
     while True:
@@ -292,6 +300,8 @@ def build(network: Network) -> torch.nn.Module:
             return config.get_model(projection if network.host_class == "Stable_Zero123" else {}, device=META)
         except TypeError as error:
             unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if unknown is not None and unknown[1] in OWN_PARTS:
+                raise NotInHost(f"this host's {network.host_class} knows no {unknown[1]}") from None
             if unknown is None or unknown[1] not in LATER & options.keys():
                 raise
             del options[unknown[1]]
