@@ -12,7 +12,7 @@ import comfy.utils
 
 from ..training.config import TrainingConfig
 from ..training.export import export_tensors
-from ..training.findings import doubts, unmoved
+from ..training.findings import judge
 from ..training.loop import Progress, TrainingStopped, fixed_noise_losses, train
 from ..training.plan import build_adapters, check_plan, learning_rates, parameter_count
 from ..trilora_ops.adapter import Adapter
@@ -147,8 +147,7 @@ def _trained(task: Run, node_id: str | None, file: KeptFile) -> tuple[AdapterSta
         compat.show_text("measuring the loss after training", node_id)
         after = task.losses([samples, prior])
         blocks = blocks_of(host.model)
-        still = unmoved(task.adapters, lambda key: blocks.place(key).block)
-        for text in [*([still] if still else []), *doubts(before, after, progress, settings)]:
+        for text in judge(task.adapters, lambda key: blocks.place(key).block, before, after, progress, settings):
             notice(text)
     return state, progress, before, after
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from comfyui_trilora.training.config import TrainingConfig
-from comfyui_trilora.training.findings import doubts, moves, unmoved
+from comfyui_trilora.training.findings import doubts, judge, moves, unmoved
 from comfyui_trilora.training.loop import Progress
 from comfyui_trilora.trilora_ops.registry import RESIDUALS, TRANSFORMS, Method
 from comfyui_trilora.trilora_ops.residuals.lora import LoraConfig
@@ -58,7 +58,7 @@ def test_many_blocks_are_a_short_sentence():
 
 @pytest.mark.parametrize(
     ("before", "after", "speaks"),
-    [([1.0, 1.2], [3.0, 4.0], True), ([1.0, 1.2], [1.0, 1.2], False), ([1.0, 1.2], [0.8, 0.9], False),
+    [([1.0, 1.2], [3.0, 4.0], True), ([1.0, 1.2], [1.0, 1.19], False), ([1.0, 1.2], [0.8, 0.9], False),
      ([1.0, 1.0, 1.0, 1.0], [1.001, 1.002, 1.001, 1.002], False),  # sure, and too little
      ([1.0, 1.0, 1.0, 1.0], [1.5, 0.7, 1.4, 0.8], False),  # a rise within the noise
      ([1.0, 1.0, 1.0, 1.0], [1.1, 1.2, 1.1, 1.2], True)],
@@ -67,6 +67,19 @@ def test_a_loss_that_rose_is_said_where_it_is_more_than_noise(before, after, spe
     found = doubts([before], [after], Progress(10, done=10), TrainingConfig())
     assert len(found) == speaks
     assert not speaks or ("made it worse" in found[0] and "lower learning_rate" in found[0])
+
+
+@pytest.mark.parametrize(("after", "speaks"), [([1.0, 1.2], True), ([1.000001, 1.2], True), ([1.0, 1.199], False)])
+def test_a_run_that_changed_nothing_is_said(after, speaks):
+    found = doubts([[1.0, 1.2]], [after], Progress(10, done=10), TrainingConfig(learning_rate=1e-8))
+    assert len(found) == speaks
+    assert not speaks or ("next to nothing" in found[0] and "raise learning_rate (it was 1e-08)" in found[0])
+
+
+def test_adapters_that_stand_still_are_said_once():
+    adapters = adapters_on(ToyHost(), LoraConfig(rank=2), moved=0)
+    (text,) = judge(adapters, lambda key: "IN00", [[1.0]], [[1.0]], Progress(10, done=10), TrainingConfig())
+    assert "did not move" in text
 
 
 @pytest.mark.parametrize(("after", "speaks"), [([1.05, 1.06], False), ([1.2, 1.3], True), ([0.9, 0.9], False)])
@@ -78,7 +91,7 @@ def test_what_the_model_has_forgotten_is_said(after, speaks):
 
 @pytest.mark.parametrize(("skipped", "speaks"), [(0, False), (5, False), (6, True), (40, True)])
 def test_a_share_of_skipped_steps_is_said(skipped, speaks):
-    found = doubts([[1.0]], [[1.0]], Progress(100, done=100, skipped=skipped), TrainingConfig())
+    found = doubts([[1.0]], [[0.9]], Progress(100, done=100, skipped=skipped), TrainingConfig())
     assert len(found) == speaks
     assert not speaks or found[0].startswith(f"{skipped} of 100 steps were skipped")
 

@@ -14,6 +14,7 @@ from .loop import Progress
 
 _WORSE = 0.01  # a rise of the loss by a smaller share is no reason to speak
 _FORGOTTEN = 0.1  # of the regularisation set's, which rises a little in every run
+_NOTHING = 1e-5  # of the loss, in every draw
 _SKIPPED = 0.05  # share of steps
 _BLOCKS = 8  # named in one sentence
 
@@ -52,6 +53,15 @@ def unmoved(adapters: Mapping[str, Adapter], block_of: Callable[[str], str]) -> 
             "them out with a Block Plan, or take what changes the attention of this model off it")
 
 
+def judge(adapters: Mapping[str, Adapter], block_of: Callable[[str], str], before: Sequence[Sequence[float]], after: Sequence[Sequence[float]],
+          progress: Progress, config: TrainingConfig) -> list[str]:
+    """All that speaks against a run; arguments as of `unmoved` and `doubts`."""
+    still, found = unmoved(adapters, block_of), doubts(before, after, progress, config)
+    if still is None:
+        return found
+    return [still, *(text for text in found if "next to nothing" not in text)]
+
+
 def doubts(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]], progress: Progress, config: TrainingConfig) -> list[str]:
     """Sentences about losses and skipped steps.
 
@@ -63,6 +73,9 @@ def doubts(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]], 
     elif _rose(before[0], after[0], _WORSE):
         found.append(f"the training made it worse: loss on fixed noise {_mean(before[0]):.4f} before, {_mean(after[0]):.4f} after; lower "
                      f"learning_rate (it was {config.learning_rate:g}), for example to a tenth")
+    elif all(abs(b - a) <= _NOTHING * _mean(before[0]) for a, b in zip(before[0], after[0], strict=True)):
+        found.append(f"the training changed next to nothing: loss on fixed noise {_mean(before[0]):.6f} before, {_mean(after[0]):.6f} after; "
+                     f"raise learning_rate (it was {config.learning_rate:g}) or steps")
     elif len(before) > 1 and _rose(before[1], after[1], _FORGOTTEN):
         found.append(f"the model has forgotten something of what it shall keep: loss of the regularisation set {_mean(before[1]):.4f} before, "
                      f"{_mean(after[1]):.4f} after; raise prior_weight (it was {config.prior_weight:g})")

@@ -105,7 +105,7 @@ AFTER = {  # what comes after the last step: (module, function, number of the ca
     "the second measurement": ("nodes.training_run", "fixed_noise_losses", 2),
     "the export": ("trilora_ops.metadata", "describe", 2),
     "the report": ("nodes.training_run", "describe_training", 1),
-    "the look at what moved": ("nodes.training_run", "unmoved", 1),
+    "the look at what moved": ("nodes.training_run", "judge", 1),
     "applying": ("nodes.applying", "apply_state", 1),
     "the picture": ("nodes.training_report", "picture", 1),
     "the last line": ("nodes.training_report", "last_line", 1),

@@ -60,6 +60,11 @@ def test_a_run_that_made_it_worse_says_so(train, texts, pack_module, monkeypatch
     assert "before" in line and "lower learning_rate (it was 0.01)" in line
 
 
+def test_a_run_that_changed_next_to_nothing_says_so(train, texts):
+    line = both(texts, train(learning_rate=1e-8, precision="model"), "next to nothing")
+    assert "raise learning_rate (it was 1e-08)" in line
+
+
 def test_an_adapter_that_did_not_move_says_so(train, texts, pack_module, monkeypatch):
     """Every gradient is zero, as below a kernel that loses it."""
     monkeypatch.setattr(pack_module("training.loop"), "x0_loss", lambda estimate, x0, weight: 0.0 * (estimate - x0).flatten(1).mean(1))
