@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable
 class Seen:
     """Counts how often something that was read has changed since; a node runs again when the count has.
 
-    stamp: key -> a value that is another one after a change.
+    stamp: key -> a value that is another one after a change; None where the thing is gone, which changes nothing that was read.
     """
 
     def __init__(self, stamp: Callable[[Hashable], object]):
@@ -23,7 +23,7 @@ class Seen:
     def changes(self) -> int:
         for key, before in list(self._read.items()):
             now = self._stamp(key)
-            if now != before:
+            if now is not None and now != before:
                 self._read[key] = now
                 self._changes += 1
         return self._changes

@@ -7,7 +7,6 @@ from comfyui_trilora.tests.host.adapter_files import low_rank
 from comfyui_trilora.tests.host.tiny_run import list_saved_adapters, run_node
 from safetensors.torch import save_file
 
-LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
 QUERY = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"
 WIDTH = 64
 
@@ -47,6 +46,9 @@ def test_a_replaced_file_runs_the_node_again_once(host_nodes, tiny, name, kind):
     after = node.fingerprint_inputs(**linked)
     assert after != before and node.fingerprint_inputs(**linked) == after
     (list_saved_adapters() / name).unlink()
+    assert node.fingerprint_inputs(**linked) == after, "what was read of it stays right"
+    replace(name)
+    os.utime(list_saved_adapters() / name, ns=(0, 0))
     assert node.fingerprint_inputs(**linked) != after
 
 

@@ -40,6 +40,11 @@ def test_saved_workflows_still_fit(golden, now):
     assert not added, f"fits saved workflows; if it is meant: {COMMAND}"
 
 
+def test_front_ends_list_every_input_in_a_saved_node(now):
+    """By that the page knows which values are an input's own; inputs without a socket are not listed."""
+    assert not [name for name, node in now.items() for slot in node["inputs"] if slot.get("socketless")]
+
+
 NEW = {"name": "new", "section": "optional", "type": "INT", "default": 0}
 # Each changes a node that has the inputs rank, alpha, core (a choice) and others, in this order.
 BREAKING = {
