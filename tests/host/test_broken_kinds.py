@@ -36,6 +36,7 @@ CASES = {
     "reshape": ({UP: n(130, 2), DOWN: n(2, 140), RESHAPE: torch.tensor([130, 140])}, FINE),
     "BOFT without alpha": (OTHER | {f"{LINEAR}.oft_blocks": n(3, 32, 4, 4)}, FINE),
     "BOFT with more stages than rows": (OTHER | {f"{LINEAR}.oft_blocks": n(9, 32, 4, 4)}, REFUSED),
+    "BOFT of blocks of 1 x 1": (OTHER | {f"{LINEAR}.oft_blocks": n(16, 8, 1, 1)}, REFUSED),
     "OFT, rescale of another size": (OTHER | {f"{LINEAR}.oft_blocks": n(32, 4, 4), f"{LINEAR}.alpha": torch.tensor(1.0), f"{LINEAR}.rescale": n(7, 1)}, REFUSED),
     "OFT, blocks of 1 x 1": ({f"{LINEAR}.oft_blocks": n(128, 1, 1)}, FINE),
     "OFT of complex numbers": (OTHER | {f"{LINEAR}.oft_blocks": torch.randn(32, 4, 4, dtype=torch.complex64), f"{LINEAR}.alpha": torch.tensor(1.0)}, REFUSED),

@@ -41,7 +41,7 @@ class OFTLayer(Layer):
         if RESCALE in tensors and factor(name, tensors, RESCALE).numel() != rows:
             raise TriLoRAError(f"{name}{RESCALE} is {tuple(tensors[RESCALE].shape)}, expected {rows} numbers; {BROKEN}")
         layer = cls(name, tensors, alpha)
-        if blocks.ndim == 4 and any(rows % (2 * half) or not half for half in layer.halves()):
+        if blocks.ndim == 4 and any(not half or rows % (2 * half) for half in layer.halves()):
             raise TriLoRAError(
                 f"{name}{BLOCKS} is {tuple(blocks.shape)}: {len(blocks)} stages of blocks of {blocks.shape[-1]} "
                 f"cannot mix {rows} rows; {BROKEN}"
