@@ -36,7 +36,7 @@ from .model_names import flux, sdxl
 from .patterns import generated, hostile
 
 SECONDS = 2.0  # of the processor
-LONGEST_ERROR = 2500  # characters, of a text with several readings; of one fault a few hundred
+LONGEST_ERROR = 1000  # characters
 USUAL = ("SD1.5", "SDXL", "Flux.1", "SDXL with names", "Flux.1 with names")  # the models of most texts
 SIZES = (1, 11, 12, 13, 16, 17, 19, 20, 21, 23, 25, 26, 27, 57, 58, 61)
 ODD_WORDS = ["default", "T5", "LLM", "LLM.VIS", "BASE", "M00", "XX", "IN99", "TE1.99", "-", ".", "IN04-", "IN4", "D7", "te1.5", ".attn", ".mlp", "OUT.cross.norm"]
