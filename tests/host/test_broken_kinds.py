@@ -1,5 +1,6 @@
 """Files that are almost right: each node refuses them in one sentence, or computes finite numbers, and nothing is half-applied."""
 
+import os
 import random
 
 import pytest
@@ -140,7 +141,7 @@ def test_peft_oft_beside_a_lora_is_named(host_nodes, tiny, pack_module, caplog):
     assert said == [f"a file: 1 tensors are of PEFT's OFT without its adapter_config.json, which is not supported, and were left out ({LINEAR}.oft_R.weight)"]
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(int(os.environ.get("TRILORA_FUZZ", "40"))))
 def test_files_with_random_faults(check, tiny, seed):
     """The same that tests/fuzz does for hours."""
     rng = random.Random(seed)
