@@ -64,6 +64,18 @@ def as_state(adapter) -> AdapterState:
 
 
 def save_state(state: AdapterState, name: str, dtype: torch.dtype, keys: str = "kohya") -> str:
+    """`write_state`, of which the page is told, so that its lists have the file."""
+    path = write_state(state, name, dtype, keys)
+    announce_saved(path)
+    return path
+
+
+def announce_saved(path: str) -> None:
+    """Tell the page of a new file."""
+    compat.announce("trilora.saved", {"file": listed_name(path)})
+
+
+def write_state(state: AdapterState, name: str, dtype: torch.dtype, keys: str = "kohya") -> str:
     """Write an adapter under the output folder's loras/; returns the path.
 
     keys: "peft" gives the tensors PEFT's endings, every other style kohya's; the layers' names stay. Low-rank layers are
@@ -83,7 +95,6 @@ def save_state(state: AdapterState, name: str, dtype: torch.dtype, keys: str = "
         except NameTaken:  # by another writer, since the names were read
             path, _ = _free_path(prefix)
     log.info("saved %s", path)
-    compat.announce("trilora.saved", {"file": listed_name(path)})
     return path
 
 

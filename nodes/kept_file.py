@@ -12,7 +12,7 @@ import torch
 
 from ..trilora_ops.checkpoint import AdapterState
 from . import compat
-from .files import save_state
+from .files import announce_saved, write_state
 from .notices import notice
 
 log = logging.getLogger("trilora")
@@ -40,7 +40,7 @@ class KeptFile:
         self._name, self._what, self._export = name, what, export
         state = export()
         try:
-            self.path = save_state(state, name, torch.float32)
+            self.path = write_state(state, name, torch.float32)
         except comfy.model_management.InterruptProcessingException:  # an Exception on older versions
             raise
         except Exception as fault:
@@ -52,7 +52,7 @@ class KeptFile:
         """The same where the block is about to end with an exception: it raises nothing itself."""
         self._name, self._what, self._export = name, what, export
         try:
-            self.path = save_state(export(), name, torch.float32)
+            self.path = write_state(export(), name, torch.float32)
         except BaseException as fault:  # the reason for stopping comes out, not this one
             self._fault = fault
 
@@ -72,6 +72,9 @@ class KeptFile:
         _say_in(reason, text)
         with suppress(Exception):  # a page that has gone must not hide the reason either
             compat.show_text(text.replace(" saved as ", " saved as\n"), self.node_id)
+        if self.path is not None:
+            with suppress(Exception):
+                announce_saved(self.path)
 
     def _sentence(self) -> str:
         if self.path is not None:

@@ -87,6 +87,30 @@ def test_a_run_that_ends_well_leaves_no_file(train, files, learned, texts):
     assert "loss on fixed noise" in texts[-1]
 
 
+@pytest.mark.parametrize("ends_well", [True, False])
+def test_the_page_hears_of_a_file_that_stays_alone(train, files, texts, pack_module, monkeypatch, ends_well):
+    """Its lists are not made anew for one that goes again."""
+    heard = []
+    monkeypatch.setattr(pack_module("nodes.compat"), "announce", lambda event, facts: heard.append((event, facts["file"])))
+    if ends_well:
+        train()
+    else:
+        fail_at(monkeypatch, pack_module("nodes.applying"), "apply_state", 1, fresh("cancel"))
+        with pytest.raises(INTERRUPT):
+            train()
+    assert heard == [("trilora.saved", path.name) for path in files()] and len(heard) == (not ends_well)
+
+
+def test_a_page_that_has_gone_hides_nothing(train, files, learned, texts, pack_module, monkeypatch):
+    monkeypatch.setattr(pack_module("nodes.compat"), "announce", lambda *args: (_ for _ in ()).throw(RuntimeError("the page has gone")))
+    train()
+    assert files() == []
+    fail_at(monkeypatch, pack_module("nodes.applying"), "apply_state", 1, fresh("memory"))
+    with pytest.raises(MemoryError, match="no memory left; all 3 steps are done; saved as"):
+        train()
+    assert len(files()) == 1
+
+
 def test_the_file_is_there_before_anything_else_can_fail(train, files, learned, pack_module, monkeypatch):
     """A process that is killed while it measures the loss for the second time leaves the adapter."""
     run, calls = pack_module("nodes.training_run"), []

@@ -155,5 +155,5 @@ def test_cancelling_keeps_what_was_learned_and_the_server_goes_on(started_host, 
     (file,) = (started_host.base / "output" / "loras").glob("trilora_stopped_at_*.safetensors")
     done = int(re.match(r"trilora_stopped_at_(\d+)_", file.name)[1])
     assert 0 < done < STEPS and file.stat().st_size > 10_000
-    assert f"training stopped after {done} of {STEPS} steps; what was learned is in {file}" in started_host.log
+    assert f"stopped after {done} of {STEPS} steps; saved as {file}" in started_host.log
     started_host.post_prompt(dataset_prompt(trained)[0])
