@@ -23,15 +23,29 @@ def main(arguments: list[str] | None = None) -> int:
     demo.add_argument("--seed", type=int, default=0, help="of every random draw (default: %(default)s)")
     demo.add_argument("--comfyui", type=Path, metavar="PATH", help="do the same through this ComfyUI, with the bundled workflows")
     demo.add_argument("--checkpoint", metavar="NAME", help="with --comfyui: one of its checkpoints, instead of the small world")
+    inspect = commands.add_parser("inspect", help="say what an adapter file is", description="Kind, model family, program and blocks of a .safetensors adapter, "
+                                  "as its names, sizes and metadata tell them; without ComfyUI and without the model.")
+    inspect.add_argument("file", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        return _demo(options)
+        return _demo(options) if options.command == "demo" else _inspect(options.file)
     except TriLoRAError as error:
         print(f"trilora: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _inspect(path: Path) -> int:
+    from .trilora_ops.checkpoint import read_adapter
+    from .trilora_ops.inspection import describe_adapter, inspect
+
+    if not path.is_file():
+        raise TriLoRAError(f"FILE={path}: there is no such file")
+    state = read_adapter(path)
+    print(describe_adapter(inspect(state), state.metadata, state))
+    return 0
 
 
 def _demo(options: argparse.Namespace) -> int:

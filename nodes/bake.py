@@ -47,15 +47,17 @@ class BakeAdapter(io.ComfyNode):
     @classmethod
     def execute(cls, model, adapter=None, strength_model=1.0, strength_clip=1.0, block_weights="", stack=None, clip=None) -> io.NodeOutput:
         from .baking import bake_on, of_adapter, of_file
+        from .notices import collected
 
         if adapter is None and not stack:
             raise TriLoRAError("adapter and stack: nothing is connected; connect an adapter from Load Adapter, or an Adapter Stack")
         own = {"strength_model": strength_model != 1, "strength_clip": strength_clip != 1, "block_weights": bool((block_weights or "").strip())}
         if adapter is None and any(own.values()):
             raise TriLoRAError(f"{', '.join(name for name in own if own[name])}: only for adapter, which is not connected; set them in Adapter Stack, for each file")
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), collected() as said:
             given = [] if adapter is None else [of_adapter(adapter, StackEntry("adapter", strength_model, strength_clip, block_weights=block_weights))]
             given += [of_file(entry) for entry in stack or () if entry.strength_model or entry.strength_clip]
             baked, text = bake_on(model, clip, given)
+        text = "\n".join([text, *said])
         compat.show_text(text, cls.hidden.unique_id)
         return io.NodeOutput(baked, text, ui=ui.PreviewText(text))

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import comfy.lora_convert
 import comfy.model_management
 import comfy.utils
 import folder_paths
@@ -14,12 +13,14 @@ import folder_paths
 from ..trilora_ops.bake import Source, bake
 from ..trilora_ops.checkpoint import AdapterState
 from ..trilora_ops.errors import TriLoRAError
+from ..trilora_ops.key_names import names_in
+from ..trilora_ops.message_words import counted, some
 from ..trilora_ops.metadata import fingerprint, title
-from ..trilora_ops.naming import PREFIX, spelling, split_target
+from ..trilora_ops.naming import PREFIX, split_target
 from .block_strengths import block_strengths
 from .comfy_patches import Places
 from .files import as_state, read_file
-from .names import convert_names, names_in
+from .names import convert_names
 from .types import StackEntry
 
 
@@ -54,16 +55,14 @@ def bake_on(model, clip, given: Sequence[Given]) -> tuple[AdapterState, str]:
     does not fit the model, and where the result cannot be written exactly (`trilora_ops.bake`).
     """
     places = Places.of(model, clip)
-    sources, targets, notes = [], {}, []
+    sources, targets = [], {}
     for one in given:
-        state, lost = _placed(one, model, clip, places)
+        state = _placed(one, model, clip, places)
         found = {name: places.names[name] for name in dict.fromkeys(names_in(key, places.names)[0] for key in state)}
         targets |= found
         sources.append(_source(one, state, found, places))
-        if lost:
-            notes.append(f"{one.entry.name}: {len(lost)} tensors have no place in this model and were left out ({', '.join(lost[:5])})")
     baked, report = bake(sources, targets, _tick())
-    return baked, "\n".join([f"{len(sources)} adapter{'s' * (len(sources) > 1)}: {report.text()}", *notes])
+    return baked, f"{len(sources)} adapter{'s' * (len(sources) > 1)}: {report.text()}"
 
 
 def _tick():
@@ -79,26 +78,17 @@ def _tick():
     return tick
 
 
-def _placed(one: Given, model, clip, places: Places) -> tuple[AdapterState, list[str]]:
-    """(the layers that have a place in the model, under the names of its family; keys of the others)."""
+def _placed(one: Given, model, clip, places: Places) -> AdapterState:
+    """The layers that have a place in the model, under the names of its family."""
     name = one.entry.name
-    places.patches(one.state, name)  # as a loader reads it: every layer once, whole and of the right size
-    tensors = comfy.lora_convert.convert_lora(dict(one.state))
-    here, lost = {}, []
-    for key, tensor in tensors.items():
-        heads = names_in(key, places.names)
-        if heads and split_target(places.names[heads[0]])[0] in places.shapes:
-            here[key] = tensor
-        else:
-            lost.append(key)
-    text = [key for key in lost if spelling(key)[0] == "text encoder"]
+    places.patches(one.state, name)  # as a loader reads it: every layer once, whole and of the right size; the rest is told
+    matched = places.match(one.state, name)
+    text = matched.diagnosis.left_text
     if text and clip is None and one.entry.strength_clip:
-        raise TriLoRAError(f"{name}: {len(text)} tensors are for a text encoder ({text[0]}), and clip is not connected; connect it, or set strength_clip "
+        raise TriLoRAError(f"{name}: {counted(len(text), 'layer')} for a text encoder ({some(text, 1)}), and clip is not connected; connect it, or set strength_clip "
                            "to 0 to leave them out")
-    try:
-        return convert_names(AdapterState(here, one.state.metadata), model, clip, "kohya"), lost
-    except TriLoRAError as error:
-        raise TriLoRAError(f"{name}: {error}") from None
+    here = {layer + ending: tensor for layer, found in matched.layers.items() for ending, tensor in found.items()}
+    return convert_names(AdapterState(here, one.state.metadata), model, clip, "kohya", name)
 
 
 def _source(one: Given, state: AdapterState, targets: dict, places: Places):

@@ -19,11 +19,14 @@ from ..trilora_ops.block_syntax import BlockWeights, items, read_native, written
 from ..trilora_ops.blocks import LAYOUTS, Blocks
 from ..trilora_ops.checkpoint import AdapterState
 from ..trilora_ops.errors import TriLoRAError
+from ..trilora_ops.key_names import names_in
 from ..trilora_ops.naming import split_target
+from . import compat
 from .block_strengths import block_strengths
 from .comfy_patches import Places
 from .comfy_stack import new_shape
-from .names import names_in, names_of_today
+from .names import names_of_today
+from .notices import collected
 
 # one timestep of training: schedulers round theirs down, and step 1 of 6 shall be at 1/6
 _TIMESTEP = 1e-3
@@ -146,7 +149,10 @@ class AdapterHook(comfy.hooks.WeightHook):
 class HookedAdapter:
     """A file with its block weights and its schedule, and its patches for the model that was met last."""
 
-    def __init__(self, state: AdapterState, name: str, keep: int, block_weights: str, schedule: Schedule):
+    def __init__(self, state: AdapterState, name: str, keep: int, block_weights: str, schedule: Schedule, node_id: str | None = None,
+                 said: Sequence[str] = ()):
+        """node_id: of the node on which notices are shown; said: those that it shows already."""
+        self.node_id, self.said = node_id, list(said)
         self.state, self.name, self.keep, self.block_weights, self.schedule = state, name, keep, block_weights or "", schedule
         self._met: dict[bool, tuple[weakref.ref, dict]] = {}
         self._of_clip: set[str] = set()  # keys that have gone into a text encoder
@@ -177,17 +183,22 @@ class HookedAdapter:
 
     def _on_clip(self, patcher) -> dict:
         names = names_of_today(comfy.lora.model_lora_keys_clip(patcher.model, {}))
-        tensors = {key: tensor for key, tensor in self.state.items() if names_in(key, names)}
+        shapes = {key: tensor.shape for key, tensor in patcher.model.named_parameters(remove_duplicate=False)}
+        places = Places(names, shapes, has_clip=True)
+        placed = places.match(self.state, self.name).diagnosis.placed
+        tensors = {key: tensor for key, tensor in self.state.items() if names_in(key, placed)}
         if not tensors:
             return {}
         self._of_clip = set(tensors)
-        shapes = {key: tensor.shape for key, tensor in patcher.model.named_parameters(remove_duplicate=False)}
-        places = Places(names, shapes, has_clip=True)
         patches = self._patches(tensors, places)
         return self._sorted(patches, places.blocks, _text_encoder_strengths(self.block_weights, places.blocks, shapes, self.name), strict=False)
 
     def _patches(self, tensors, places: Places) -> dict:
-        patches = places.patches(AdapterState(tensors, self.state.metadata), self.name, self.keep)
+        with collected() as said:  # the node itself ran long before
+            patches = places.patches(AdapterState(tensors, self.state.metadata), self.name, self.keep)
+        if new := [text for text in said if text not in self.said]:
+            self.said += new
+            compat.show_text("\n".join(self.said), self.node_id)
         for target, patch in patches.items():
             _check_same_shape(self.name, target, patch, places.shapes)
         return patches

@@ -15,11 +15,14 @@ from ..trilora_ops.files.low_rank import MID, LowRankLayer
 from ..trilora_ops.files.numbers import ALPHA
 from ..trilora_ops.files.transform import TransformLayer
 from ..trilora_ops.files.whole import BiasLayer, DifferenceLayer
+from ..trilora_ops.key_names import Spellings
+from ..trilora_ops.message_words import counted, short, some
 from .comfy_layers import LayerPatch
 from .comfy_low_rank import LowRankPatch
 from .comfy_stack import linear
 from .comfy_transforms import TransformPatch
-from .file_layers import FileLayers, Placed, place, read_layers
+from .file_layers import FileLayers, read_layers
+from .matching import Matched, match, target_shapes, title_of
 from .names import layer_names
 from .notices import notice
 
@@ -35,11 +38,21 @@ class Places:
     names: dict
     shapes: dict[str, torch.Size]
     has_clip: bool
+    model: str = "a text encoder"  # what it is called
 
     @classmethod
     def of(cls, model, clip) -> "Places":
         """For a MODEL and an optional CLIP patcher."""
-        return cls(layer_names(model, clip), target_shapes(model, clip), clip is not None)
+        return cls(layer_names(model, clip), target_shapes(model, clip), clip is not None, title_of(model))
+
+    @functools.cached_property
+    def spellings(self) -> Spellings:
+        """The names in the forms in which they are compared with a file's."""
+        return Spellings(self.names, self.shapes)
+
+    def match(self, state: AdapterState, name: str) -> Matched:
+        """Where the layers of a file go; see `matching.match`."""
+        return match(state, self.spellings, name, self.model, self.has_clip)
 
     @functools.cached_property
     def blocks(self):
@@ -54,61 +67,54 @@ class Places:
 
         Each is linear in the strength that add_patches is given. name: the file's, for messages; keep: directions
         kept of low-rank layers, 0 = all. What has no place in the model, or is of a kind that is not supported, is
-        said in a notice. Raises TriLoRAError if nothing has one, or a layer is not whole, not finite or not of its
-        weight's size.
+        said in a notice. Raises TriLoRAError if too little has one (`Diagnosis.refusal`), or a layer is not whole, not
+        finite or not of its weight's size.
         """
-        placed = place(state, self.names)
-        found = read_layers(name, placed, self.names, self.shapes)
-        others = _of_other_extensions(placed, found, self.names)
+        matched = self.match(state, name)
+        if refusal := matched.diagnosis.refusal():
+            raise TriLoRAError(f"{refusal}; nothing was applied")
+        found = read_layers(name, matched, self.shapes)
+        others = _of_other_extensions(matched, found)
         if not found.layers and not others and not found.absent:
-            raise TriLoRAError(self._nothing(name, placed, found))
+            raise TriLoRAError(_no_kind(name, matched, found))
         if keep and (count := sum(not _can_cut(layer) for layer in found.layers.values()) + len(others)):
             notice(f"{name}: keep_rank left {count} layers alone that are not low-rank")
-        self._say_what_is_left(name, state, placed, found, others)
-        self._say_what_does_nothing(name, found.layers)
+        _say_what_is_left(name, matched, found, others)
+        _say_what_does_nothing(name, found.layers)
         patches = {target: _patch(layer, keep) for target, layer in found.layers.items()}
         return patches | {target: linear(target, patch) for target, patch in others.items()}
 
-    def _nothing(self, name: str, placed: Placed, found) -> str:
-        if found.unsupported:
-            key, method = next(iter(found.unsupported.items()))
-            return (
-                f"{name}: holds {method} ({key}), which is not supported; merge it into a model with the program that "
-                "wrote it; nothing was applied"
-            )
+
+def _no_kind(name: str, matched: Matched, found: FileLayers) -> str:
+    if found.unsupported:
+        key, method = next(iter(found.unsupported.items()))
         return (
-            f"{name}: none of its {len(placed.tensors)} keys fits this model (for example "
-            f"{next(iter(placed.tensors), 'none')}); "
-            "it was made for another model family" + ("" if self.has_clip else ", or for a text encoder: connect CLIP")
+            f"{name}: holds {method} ({short(key)}), which is not supported; merge it into a model with the program that "
+            "wrote it; nothing was applied"
         )
-
-    def _say_what_does_nothing(self, name: str, layers) -> None:
-        still = [layer.name for layer in layers.values() if isinstance(layer, ScaledLayer) and layer.scale == 0]
-        if still:
-            notice(f"{name}: {len(still)} layers have an alpha of 0 and change nothing ({still[0]})")
-
-    def _say_what_is_left(self, name: str, state, placed: Placed, found, others) -> None:
-        methods: dict[str, list[str]] = {}
-        for key, method in found.unsupported.items():
-            methods.setdefault(method, []).append(key)
-        for method, keys in methods.items():
-            notice(
-                f"{name}: {len(keys)} tensors are of {method}, which is not supported, and were left out ({keys[0]})"
-            )
-        used = set().union(*(getattr(patch, "loaded_keys", ()) for patch in others.values()))
-        left = [key for key in (*placed.nowhere, *found.left) if key not in found.unsupported and key not in used]
-        if left:
-            shown, no_clip = ", ".join(left[:5]), "" if self.has_clip else " (no CLIP connected)"
-            notice(f"{name}: {len(left)} of {len(state)} keys have no place in this model{no_clip}: {shown}")
+    return (
+        f"{name}: none of its {counted(len(matched.tensors), 'tensor')} is of a kind that can be applied "
+        f"({some(matched.tensors)}); choose a file of another kind; nothing was applied"
+    )
 
 
-def target_shapes(model, clip) -> dict[str, torch.Size]:
-    """Shape of every weight of a MODEL and an optional CLIP, by the host's target key."""
-    # parameters, not the state dict: a quantised layer's state dict holds its packed storage
-    shapes = {key: tensor.shape for key, tensor in model.model.named_parameters(remove_duplicate=False)}
-    if clip is not None:
-        shapes |= {key: tensor.shape for key, tensor in clip.cond_stage_model.named_parameters(remove_duplicate=False)}
-    return shapes
+def _say_what_does_nothing(name: str, layers) -> None:
+    still = [layer.name for layer in layers.values() if isinstance(layer, ScaledLayer) and layer.scale == 0]
+    if still:
+        notice(f"{name}: {len(still)} layers have an alpha of 0 and change nothing ({still[0]})")
+
+
+def _say_what_is_left(name: str, matched: Matched, found: FileLayers, others) -> None:
+    methods: dict[str, list[str]] = {}
+    for key, method in found.unsupported.items():
+        methods.setdefault(method, []).append(key)
+    for method, keys in methods.items():
+        found_of = f"{len(keys)} tensors are of {method}, which is not supported"
+        notice(f"{name}: {found_of}, and were left out ({short(keys[0])})")
+    used = set().union(*(getattr(patch, "loaded_keys", ()) for patch in others.values()))
+    unread = [key for key in found.left if key not in found.unsupported and key not in used]
+    if text := matched.diagnosis.notice(unread):
+        notice(text)
 
 
 def patches_from_state(state: AdapterState, model, clip, name: str, keep: int = 0) -> dict:
@@ -138,7 +144,7 @@ def _patch(layer: Layer, keep: int):
     return LayerPatch.of(layer)
 
 
-def _of_other_extensions(placed: Placed, found: FileLayers, names) -> dict:
+def _of_other_extensions(placed: Matched, found: FileLayers) -> dict:
     """Target -> patch of a kind that another extension has added to the host's list, from tensors that the table does
     not know."""
     kinds = [
@@ -149,12 +155,12 @@ def _of_other_extensions(placed: Placed, found: FileLayers, names) -> dict:
     patches = {}
     for head, tensors in placed.layers.items() if kinds else ():
         alpha = tensors.get(".alpha")
-        if names[head] in found.layers or not found.left or (alpha is not None and alpha.numel() != 1):
+        if placed.names[head] in found.layers or not found.left or (alpha is not None and alpha.numel() != 1):
             continue
         for kind in kinds:
             patch = kind.load(
                 head, placed.tensors, None if alpha is None else alpha.item(), tensors.get(".dora_scale"), set()
             )
             if patch is not None:
-                patches[names[head]] = patch
+                patches[placed.names[head]] = patch
     return patches

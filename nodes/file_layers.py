@@ -6,29 +6,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import comfy.lora_convert
 import torch
-from torch import Tensor
 
 from ..trilora_ops.errors import TriLoRAError
-from ..trilora_ops.files.kinds import is_ending, read_layer
+from ..trilora_ops.files.kinds import read_layer
 from ..trilora_ops.files.layer import Layer
 from ..trilora_ops.naming import split_target
 from .compat import is_identity
-from .names import names_in
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A file's tensors, after the host's own conversion of names.
-
-    layers: a name that the model knows -> its tensors by their endings; nowhere: keys of the tensors without a place;
-    tensors: all of them by key.
-    """
-
-    layers: dict[str, dict[str, Tensor]]
-    nowhere: tuple[str, ...]
-    tensors: dict[str, Tensor]
+from .matching import Matched
 
 
 @dataclass(frozen=True)
@@ -46,30 +31,15 @@ class FileLayers:
     absent: tuple[str, ...]
 
 
-def place(state: Mapping[str, Tensor], names: Mapping) -> Placed:
-    """Every tensor of a file under the name in `names` that its key begins with: where several do, the one that
-    leaves an ending the table of kinds knows, else the longest."""
-    tensors = comfy.lora_convert.convert_lora(dict(state))
-    layers: dict[str, dict[str, Tensor]] = {}
-    nowhere = []
-    for key, tensor in tensors.items():
-        heads = names_in(key, names)
-        if not heads:
-            nowhere.append(key)
-            continue
-        head = next((head for head in heads if is_ending(key[len(head) :])), heads[0])
-        layers.setdefault(head, {})[key[len(head) :]] = tensor
-    return Placed(layers, tuple(nowhere), tensors)
-
-
-def read_layers(name: str, placed: Placed, names: Mapping, shapes: Mapping[str, torch.Size]) -> FileLayers:
+def read_layers(name: str, matched: Matched, shapes: Mapping[str, torch.Size]) -> FileLayers:
     """The layers of a file, each whole, finite and of its weight's size.
 
-    name: the file's; names: a layer's name -> the host's target; shapes: of the model's weights by key. Raises
-    TriLoRAError, naming the file and the key, for every other layer, and where two are for one place.
+    name: the file's; shapes: of the model's weights by key. Raises TriLoRAError, naming the file and the key, for every
+    other layer, and where two are for one place.
     """
     layers, by_target, left, unsupported = {}, {}, [], {}
-    for head, tensors in placed.layers.items():
+    names = matched.names
+    for head, tensors in matched.layers.items():
         try:
             found = read_layer(head, tensors)
             for layer in filter(None, (found.weight, found.bias)):

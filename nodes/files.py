@@ -16,6 +16,7 @@ from ..trilora_ops.errors import TriLoRAError
 from ..trilora_ops.file_names import ENDING, good_file_name
 from ..trilora_ops.peft_config import BESIDE
 from . import compat
+from .matching import converted
 from .notices import notice
 from .seen import Seen
 
@@ -42,7 +43,10 @@ def files_changed() -> int:
 
 
 def read_file(lora_name: str) -> AdapterState:
-    """The adapter of this name in the host's LoRA folders. Raises TriLoRAError where there is none, and what `read_adapter` raises."""
+    """The adapter of this name in the host's LoRA folders, under the names that the host gives it (`matching.converted`).
+
+    What `read_adapter` notes of it becomes a notice. Raises TriLoRAError where there is none, and what `read_adapter` raises.
+    """
     if not isinstance(lora_name, str) or not lora_name:
         raise TriLoRAError("lora_name: no file is chosen; choose one from the list, or connect lora_name of Save Adapter")
     path = folder_paths.get_full_path("loras", lora_name)
@@ -52,7 +56,10 @@ def read_file(lora_name: str) -> AdapterState:
     state = read_adapter(path)
     for note in state.notes:
         notice(f"{lora_name}: {note}")
-    return state
+    try:
+        return converted(state)
+    except TriLoRAError as error:
+        raise TriLoRAError(f"{os.path.basename(lora_name)}: {error}") from None
 
 
 def as_state(adapter) -> AdapterState:
@@ -60,7 +67,7 @@ def as_state(adapter) -> AdapterState:
     if not adapter:
         raise TriLoRAError("adapter: holds no tensors; connect the output of Train Adapter")
     # other trainers' may be parameters, or lie on the GPU
-    return AdapterState({key: tensor.detach().cpu() for key, tensor in adapter.items()}, getattr(adapter, "metadata", None))
+    return converted(AdapterState({key: tensor.detach().cpu() for key, tensor in adapter.items()}, getattr(adapter, "metadata", None)))
 
 
 def save_state(state: AdapterState, name: str, dtype: torch.dtype, keys: str = "kohya") -> str:

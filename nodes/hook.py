@@ -34,6 +34,7 @@ class AdapterHookNode(io.ComfyNode):
                 io.Hooks.Input("prev_hooks", optional=True, tooltip="Other hooks, which the output then holds too."),
             ],
             outputs=[io.Hooks.Output(display_name="HOOKS", tooltip="For Set CLIP Hooks, Cond Set Props, Set Hook Keyframes and whatever else takes hooks.")],
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -48,7 +49,10 @@ class AdapterHookNode(io.ComfyNode):
         from ..trilora_ops.block_schedule import parse
         from .comfy_hooks import HookedAdapter
         from .files import read_file
+        from .notices import shown_on
 
-        adapter = HookedAdapter(read_file(lora_name), lora_name, keep_rank, block_weights, parse(schedule))
+        with shown_on(cls.hidden.unique_id) as said:
+            state = read_file(lora_name)
+        adapter = HookedAdapter(state, lora_name, keep_rank, block_weights, parse(schedule), cls.hidden.unique_id, said)
         hooks = adapter.hooks(switches, strength_model, strength_clip)
         return io.NodeOutput((prev_hooks or comfy.hooks.HookGroup()).clone_and_combine(hooks))

@@ -35,6 +35,7 @@ class TriLoRALoader(io.ComfyNode):
                 io.Model.Output(display_name="MODEL", tooltip="The adapted model."),
                 io.Clip.Output(display_name="CLIP", tooltip="The adapted text encoder; empty if none is connected."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -46,6 +47,8 @@ class TriLoRALoader(io.ComfyNode):
     def execute(cls, model, lora_name, strength_model, keep_rank, clip=None, strength_clip=1.0, block_weights="") -> io.NodeOutput:
         from .applying import apply_state
         from .files import read_file
+        from .notices import shown_on
 
         entry = StackEntry(lora_name, strength_model, strength_clip, keep_rank, block_weights)
-        return io.NodeOutput(*apply_state(read_file(lora_name), entry, model, clip))
+        with shown_on(cls.hidden.unique_id):
+            return io.NodeOutput(*apply_state(read_file(lora_name), entry, model, clip))

@@ -6,24 +6,44 @@ import json
 from collections.abc import Mapping
 
 import comfy.lora
-import comfy.lora_convert
+import comfy.model_base
+import comfy.utils
 
 from ..trilora_ops.bounds import read_json
-from ..trilora_ops.checkpoint import ALPHA, AdapterState
+from ..trilora_ops.checkpoint import AdapterState
 from ..trilora_ops.errors import TriLoRAError
-from ..trilora_ops.files.low_rank import PAIRS
-from ..trilora_ops.naming import PREFIX, UNetLayout, peft_name, peft_spellings, public_name
+from ..trilora_ops.key_names import Spellings, parts_of_qkv
+from ..trilora_ops.message_words import counted, short, some
+from ..trilora_ops.naming import PREFIX, UNetLayout, peft_name, peft_spellings, public_name, split_target
 from .comfy_host import family_of
+from .matching import match, target_shapes, title_of
+from .notices import notice
 
 
 def layer_names(model, clip) -> dict:
     """Every name that a file may give a layer -> the host's target: a key, or a tuple of key, slice and function.
 
-    model, clip: patchers (clip may be None). The host's own map, and the names that PEFT and diffusers write today,
-    which it does not know for the attention layers of U-Nets and for text encoders.
+    model, clip: patchers (clip may be None). The host's own map, the names that PEFT and diffusers write today, which it
+    does not know for the attention layers of U-Nets and for text encoders, and those of q, k and v in one weight.
     """
     names = comfy.lora.model_lora_keys_unet(model.model, {})
-    return names_of_today(names if clip is None else comfy.lora.model_lora_keys_clip(clip.cond_stage_model, names))
+    names_of_today(names if clip is None else comfy.lora.model_lora_keys_clip(clip.cond_stage_model, names))
+    shapes = {key: tuple(weight.shape) for key, weight in model.model.named_parameters()}
+    if isinstance(model.model, comfy.model_base.HunyuanVideo):  # blocks as in Flux, for which alone the host knows diffusers' names
+        found = comfy.utils.flux_to_diffusers(model.model.model_config.unet_config, output_prefix=PREFIX)
+        for name, target in found.items():
+            if name.endswith(".weight") and "transformer_blocks" in name and split_target(target)[0] in shapes:
+                names.setdefault("transformer." + name.removesuffix(".weight"), target)
+    parts = parts_of_qkv(shapes)
+    for name, target in list(names.items()):
+        key, part, _ = split_target(target)
+        if part and key in shapes and sum(part[1:]) > shapes[key][part[0]]:  # Lumina 2: the host takes k and v for as large as q
+            names[name] = parts.get(f"{key.removesuffix('qkv.weight')}to_{name[-1]}", target)
+    known = {target[:2] for target in names.values() if isinstance(target, tuple)}
+    for name, target in parts.items():
+        if target not in known:
+            names.setdefault(name, target)
+    return names
 
 
 def names_of_today(names: dict) -> dict:
@@ -34,38 +54,30 @@ def names_of_today(names: dict) -> dict:
     return names
 
 
-def names_in(key: str, names: Mapping) -> list[str]:
-    """The names in `names` that a file's key may begin with, the longest first: cut off at any of its dots, with or without "_lora"."""
-    heads, place = [], len(key)
-    while place > 0:
-        head = key[:place]
-        heads += [name for name in dict.fromkeys((head, head.removesuffix("_lora"))) if name in names]
-        place = key.rfind(".", 0, place)
-    return heads
-
-
-def convert_names(state: AdapterState, model, clip, style: str) -> AdapterState:
+def convert_names(state: AdapterState, model, clip, style: str, name: str = "adapter") -> AdapterState:
     """The same adapter with every layer's name in one style; endings and tensors stay.
 
-    style: one of `naming.STYLES`; model, clip: patchers (clip may be None). Raises TriLoRAError for layers that have no
-    place in the model, and for two names of one place, of which the host would drop one.
+    style: one of `naming.STYLES`; model, clip: patchers (clip may be None); name: the adapter's, for messages. What has no
+    place in the model is left out and told in a notice. Raises TriLoRAError where too little has one
+    (`Diagnosis.refusal`), for layers of a text encoder without CLIP, and for two names of one place, of which the host
+    would drop one.
     """
     spell = Speller(model, clip)
-    tensors, renamed, lost = {}, {}, {}  # lost: an ordered set
-    for key, tensor in comfy.lora_convert.convert_lora(dict(state)).items():
-        name = next(iter(names_in(key, spell.names)), None)
-        if name is None:
-            lost[_layer_of(key)] = None
-            continue
-        renamed[name] = renamed.get(name) or spell.name(spell.names[name], style)
-        tensors[renamed[name] + key[len(name):]] = tensor
-    if lost:
-        raise TriLoRAError(f"{len(lost)} layers have no place in this model ({', '.join(list(lost)[:5])}); connect the model the adapter "
-                           "was made for" + ("" if clip is not None else ", and its CLIP if they are a text encoder's"))
+    matched = match(state, spell.spellings, name, title_of(model), clip is not None)
+    diagnosis = matched.diagnosis
+    if refusal := diagnosis.refusal():
+        raise TriLoRAError(refusal)
+    if clip is None and (text := diagnosis.left_text):
+        raise TriLoRAError(f"{name}: {counted(len(text), 'layer')} for a text encoder ({some(text, 1)}), and clip is not connected; connect it")
+    renamed = {layer: spell.name(matched.names[layer], style) for layer in matched.layers}
+    tensors = {renamed[layer] + ending: tensor for layer, found in matched.layers.items() for ending, tensor in found.items()}
+    if text := diagnosis.notice():
+        notice(text)
     places: dict = {}
-    for name in renamed:
-        if (other := places.setdefault(spell.names[name], name)) != name:
-            raise TriLoRAError(f"{name} and {other} are two names of one layer of this model; the adapter is broken, since only one of them would be applied")
+    for layer in renamed:
+        if (other := places.setdefault(matched.names[layer], layer)) != layer:
+            raise TriLoRAError(f"{name}: {short(layer)} and {short(other)} are two names of one layer of this model; the adapter is broken, since only one of them "
+                               "would be applied")
     return AdapterState(tensors, _with_plan(getattr(state, "metadata", {}), renamed))
 
 
@@ -74,6 +86,7 @@ class Speller:
 
     def __init__(self, model, clip):
         self.names = layer_names(model, clip)
+        self.spellings = Spellings(self.names, target_shapes(model, clip))
         self.family = family_of(model.model)
         self.layout = UNetLayout.of(model.model.state_dict())
         self._known: dict = {}
@@ -96,11 +109,6 @@ class Speller:
             names = sorted((name for name in known if name.startswith("lora_te")), reverse=True)
             return sorted(names, key=lambda name: name.startswith("lora_te_") == (len(self._encoders) > 1))
         return [name for name in known if style == "peft" and name.startswith(("text_encoder.", "text_encoder_2."))]
-
-
-def _layer_of(key: str) -> str:
-    ends = [ALPHA, *(end for pair in PAIRS for end in pair)]
-    return next((key.removesuffix(end) for end in ends if key.endswith(end)), key)
 
 
 def _with_plan(metadata: Mapping[str, str], renamed: Mapping[str, str]) -> dict[str, str]:

@@ -51,13 +51,13 @@ class SaveAdapter(io.ComfyNode):
         from .files import as_state, listed_name, save_state
 
         state = as_state(adapter)
-        if model is not None:
-            from .names import convert_names
-
-            state = convert_names(state, model, clip, keys)
-        elif keys != "kohya":
+        if model is None and keys != "kohya":
             raise TriLoRAError(f"keys={keys}: names can only be translated with the model they are for; connect MODEL, or choose kohya to keep them")
         with collected() as said:
+            if model is not None:
+                from .names import convert_names
+
+                state = convert_names(state, model, clip, keys)
             path = save_state(state, name, DTYPES[dtype], keys)
         text = "\n".join([path, f"({os.path.getsize(path) / 2**20:.1f} MB, {dtype})", *said])
         compat.show_text(text, cls.hidden.unique_id)

@@ -64,6 +64,7 @@ class ApplyStack(io.ComfyNode):
                 io.Model.Output(display_name="MODEL", tooltip="The adapted model."),
                 io.Clip.Output(display_name="CLIP", tooltip="The adapted text encoder; empty if none is connected."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -74,10 +75,12 @@ class ApplyStack(io.ComfyNode):
     @classmethod
     def execute(cls, model, stack=None, clip=None, lora_stack=None) -> io.NodeOutput:
         from .applying import apply_stack
+        from .notices import shown_on
 
         if stack is None and lora_stack is None:
             raise TriLoRAError("stack: nothing is connected; connect an Adapter Stack, or another extension's stack to lora_stack")
-        return io.NodeOutput(*apply_stack((*(stack or ()), *entries_from(lora_stack or ())), model, clip))
+        with shown_on(cls.hidden.unique_id):
+            return io.NodeOutput(*apply_stack((*(stack or ()), *entries_from(lora_stack or ())), model, clip))
 
 
 def entries_from(lora_stack) -> tuple[StackEntry, ...]:

@@ -103,20 +103,21 @@ class MergeAdapters(io.ComfyNode):
         from ..trilora_ops.resize import merge_adapters
         from .files import as_state
         from .names import convert_names
+        from .notices import collected
 
         given = {"a": (adapter_a, weight_a), "b": (adapter_b, weight_b), "c": (adapter_c, weight_c), "d": (adapter_d, weight_d)}
         parts = []
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), collected() as said:
             for letter, (adapter, weight) in given.items():
                 if adapter is None:
                     continue
                 try:
                     state = as_state(adapter)
-                    parts.append((state if model is None else convert_names(state, model, clip, "kohya"), weight))
                 except TriLoRAError as error:
                     raise TriLoRAError(f"adapter_{letter}: {error}") from None
-            merged, report = merge_adapters(parts, rank, energy)
-        return _report(cls, merged, f"{len(parts)} adapters: {report.text()}")
+                parts.append((state if model is None else convert_names(state, model, clip, "kohya", f"adapter_{letter}"), weight))
+            merged, report = merge_adapters(parts, rank, energy, one_name=model is not None)
+        return _report(cls, merged, "\n".join([f"{len(parts)} adapters: {report.text()}", *said]))
 
 
 class ResizeAdapter(io.ComfyNode):

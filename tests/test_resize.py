@@ -184,7 +184,7 @@ def transform():
      (lambda: resize(adapter(), cap=2), "cap=2"),
      (lambda: merge_adapters([]), "no adapter to merge"),
      (lambda: merge_adapters([(adapter(), 1.0), (transform(), 1.0)]), "a.transform.core0: .* merged .* Adapter Stack"),
-     (lambda: merge_adapters([(AdapterState({**adapter(), "x.diff": draw(3, 2)}), 1.0)]), "x.diff: .* Extract Adapter"),
+     (lambda: merge_adapters([(AdapterState({**adapter(), "x.diff": draw(3, 2)}), 1.0)]), "x.diff: .* Bake Adapter, which adds them exactly"),
      (lambda: merge_adapters([(adapter(), float("nan"))]), "weight=nan"),
      (lambda: merge_adapters([(adapter(), 1.0), (AdapterState(FileLayer(LowRank(draw(13, 2), draw(2, 8))).tensors("lora_unet_down_blocks_0_x")), 1.0)]),
       r"lora_unet_down_blocks_0_x: .*\(13, 8.*\(13, 9.* different models"),

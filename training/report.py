@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
+from ..trilora_ops.inspection import aligned
+
 
 def smooth(losses: Sequence[float], span: int) -> list[float]:
     """Exponential moving average with a memory of `span` steps, corrected at the start."""
@@ -46,5 +48,4 @@ def plot_loss(losses: Sequence[float], title: str = "", fixed: tuple[float, floa
 
 def describe_run(facts: Mapping[str, object]) -> str:
     """One line a fact, names aligned."""
-    width = max(map(len, facts))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())
+    return aligned(facts)

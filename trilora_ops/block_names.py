@@ -54,6 +54,11 @@ def blocks_in_file(names: Iterable[str]) -> dict[str, InFile]:
     return {name: found[name] for name in sorted(found, key=running)}
 
 
+def families_in_file(names: Iterable[str]) -> list[Family]:
+    """The families that the names of a file's layers for the denoiser leave open; none where no family fits."""
+    return _families(_host_paths([name for name in names if _text(name) is None]).values())
+
+
 def _families(paths: Collection[str]) -> list[Family]:
     """The families that have a place for the most of these paths; none where a list's name leaves them open."""
     if any(path.startswith(_UNTOLD) for path in paths):

@@ -18,6 +18,7 @@ from .files.kinds import by_layer, read_layer
 from .files.low_rank import DOWN, PEFT_DOWN, PEFT_UP, UP, FileLayer, LowRankLayer
 from .files.numbers import ALPHA
 from .files.transform import PARTS, part_of
+from .key_forms import known_forms
 from .one_alpha import one_alpha
 from .peft_config import IN_METADATA, read_config
 from .peft_tuners import translate
@@ -117,6 +118,7 @@ def read_adapter(path: str | os.PathLike) -> AdapterState:
         if state.metadata.get("trilora.format") == FORMAT:
             _check_strict(state)
         else:
+            state = AdapterState(known_forms(state), state.metadata)
             _take_config_of_peft(state, path)
     except TriLoRAError as error:
         raise TriLoRAError(f"{path.name}: {error}") from None

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from .block_syntax import number
 from .bounds import ITEM, check_length, quoted
 from .checkpoint import SVD_MARK, AdapterState, FileLayer, check_finite, part_of, split_layers
 from .errors import TriLoRAError
 from .factors import LowRank, canonicalise, keep_energy, keep_rank, reweight, spectrum, weighted_sum
+from .files.kinds import by_layer, read_layer
+from .message_words import counted, short, some
 from .metadata import common, reworked, title
 from .naming import spelling
 
@@ -27,11 +31,13 @@ class LayerChange:
 
 @dataclass(frozen=True)
 class ResizeReport:
-    """Every low-rank layer's change, and the names of tensors of other kinds, which were left alone."""
+    """Every low-rank layer's change, the names of tensors of other kinds, which were left alone, and of those left out, which
+    belong to no layer."""
 
     layers: tuple[LayerChange, ...]
     kept: tuple[str, ...]
     energy_lost: float  # ||R - R'||^2 / ||R||^2 over all layers together
+    left_out: tuple[str, ...] = ()
 
     def text(self) -> str:
         """A few lines for people: the whole, then the five layers that changed most."""
@@ -40,7 +46,9 @@ class ResizeReport:
         worst = sorted(self.layers, key=lambda layer: -layer.error)[:5]
         lines += [f"  {layer.name}: rank {layer.before} -> {layer.after}, error {layer.error:.2%}" for layer in worst if layer.error >= 5e-5]
         if self.kept:
-            lines.append(f"{len(self.kept)} tensors of other kinds were left alone ({', '.join(self.kept[:5])})")
+            lines.append(f"{len(self.kept)} tensors of other kinds were left alone ({some(self.kept)})")
+        if self.left_out:
+            lines.append(f"{counted(len(self.left_out), 'tensor')} of no layer left out: {some(self.left_out)}")
         return "\n".join(lines)
 
 
@@ -80,27 +88,34 @@ def resize(state: AdapterState, rank: int = 0, energy: float = 0.0, power: float
     return AdapterState(tensors, metadata if rest else {**metadata, **SVD_MARK}), report
 
 
-def merge_adapters(parts: Sequence[tuple[AdapterState, float]], rank: int = 0, energy: float = 0.0) -> tuple[AdapterState, ResizeReport]:
+def merge_adapters(parts: Sequence[tuple[AdapterState, float]], rank: int = 0, energy: float = 0.0,
+                   one_name: bool = False) -> tuple[AdapterState, ResizeReport]:
     """One adapter that is sum_i w_i R_i on every layer that any part has, cut as in `resize`, and what the cut changed.
 
     Directions at fp32's rounding of the strongest are dropped in any case. Layers are matched by name: parts that spell
-    names differently must first be brought to one spelling. Raises TriLoRAError for such parts, for layers that are not
-    plain low rank, and for one layer of two sizes.
+    names differently must first be brought to one spelling; one_name: that has been done, no weight has two names. Tensors
+    that belong to no layer are left out. Raises TriLoRAError for parts that spell names differently, for layers that are
+    not plain low rank, and for one layer of two sizes.
     """
     if not parts:
         raise TriLoRAError("merge_adapters: no adapter to merge; connect at least one")
     named: dict[str, list[tuple[FileLayer, float]]] = {}
+    left_out: list[str] = []
     for state, weight in parts:
         _refuse_transforms(state, "merged")
         if not math.isfinite(weight):
             raise TriLoRAError(f"weight={weight}: a finite number")
         check_finite(state)
         layers, rest = split_layers(state)
-        if rest:
-            raise TriLoRAError(f"{min(rest)}: is not part of a plain low-rank layer, and only those can be merged; {_BAKE}")
+        others, extra = by_layer(rest)
+        _refuse_others(others)
+        left_out += extra
         for name, layer in layers.items():
             named.setdefault(name, []).append((layer, weight))
-    _check_spelling([state for state, _ in parts])
+    if not named:
+        raise TriLoRAError(f"the adapters hold no low-rank layer to merge (for example {some(left_out, 1) or 'none'}); choose LoRA files")
+    if not one_name:
+        _check_spelling([state for state, _ in parts])
     tensors, changes, lost, whole = {}, [], 0.0, 0.0
     for name, found in named.items():
         _check_sizes(name, [layer for layer, _ in found])
@@ -114,10 +129,21 @@ def merge_adapters(parts: Sequence[tuple[AdapterState, float]], rank: int = 0, e
     every = [getattr(state, "metadata", {}) for state, _ in parts]
     of = [{"name": title(metadata), "weight": weight} for metadata, (_, weight) in zip(every, parts, strict=True)]
     metadata = reworked(common(every), {c.name: c.after for c in changes}, {"action": "merge", "of": of, "rank": rank, "energy": energy})
-    return AdapterState(tensors, {**metadata, **SVD_MARK}), ResizeReport(tuple(changes), (), lost / whole if whole else 0.0)
+    return AdapterState(tensors, {**metadata, **SVD_MARK}), ResizeReport(tuple(changes), (), lost / whole if whole else 0.0, tuple(left_out))
 
 
+_ADD = "put the adapters on an Adapter Stack and connect it, with their model, to Bake Adapter"
 _BAKE = "put it on a model with TriLoRA Loader or Adapter Stack, and make a low-rank file of that with Extract Adapter"
+
+
+def _refuse_others(layers: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raise TriLoRAError, with what adds them instead, for layers that are no plain low-rank ones; tensors by ending."""
+    if layers:
+        found = [read_layer(name, tensors) for name, tensors in layers.items()]
+        exact = all(layer.summable for one in found for layer in (one.weight, one.bias) if layer)
+        remedy = f"{_ADD}, which adds them exactly" if exact else f"{_ADD}, if no other adapter has these layers; else {_BAKE}"
+        key = min(name + ending for name, tensors in layers.items() for ending in tensors)
+        raise TriLoRAError(f"{short(key)}: is not part of a plain low-rank layer, and only those can be merged; {remedy}")
 
 
 def _missing(pair: LowRank, found: LowRank) -> float:

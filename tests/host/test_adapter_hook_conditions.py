@@ -130,7 +130,7 @@ def test_the_same_hooks_on_several_models(host_nodes, hook, files, prompts, tiny
         assert [one.strength for one in hooks.hooks] == [1, 0.2]
         hooks.reset()
         assert [one.strength for one in hooks.hooks] == [1, 1]
-    with pytest.raises(ValueError, match=rf"{files['one']}: none of its .* keys fits this model"):
+    with pytest.raises(ValueError, match=rf"{files['one']}: none of its .* found a place in this model"):
         sample(host_nodes, flow, *(with_hooks(host_nodes, cond, hooks) for cond in (flow.conditioning, other_prompt(flow))))
 
 
@@ -178,7 +178,7 @@ def test_what_the_text_alone_shows_is_refused_by_the_node(hook, files, inputs, m
     [
         ({"schedule": "IN99: 1 -> 0"}, r"\.safetensors: schedule, in the line 'IN99: 0:1, 1:0': .*no block of this model.*nothing was applied"),
         ({"block_weights": "D07=0.5"}, r"block_weights for .*\.safetensors: .*D07.*nothing was applied"),
-        ({"other": "family"}, r"\.safetensors: none of its .* keys fits this model"),
+        ({"other": "family"}, r"\.safetensors: none of its .* found a place in this model"),
         ({"other": "shape"}, r"\.safetensors: its layer for .*; nothing was applied"),
         ({"other": "larger"}, r"\.safetensors: .* gives it the shape \(8, .*use TriLoRA Loader"),
     ],

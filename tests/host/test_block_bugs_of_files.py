@@ -124,7 +124,7 @@ def test_R2_energy_is_the_exact_norm_and_the_family_the_files_own(host_nodes, sa
     assert max(bounds, key=bounds.get) == cancel and max(exact, key=exact.get) == plain and bounds[cancel] > 20 * exact[cancel]
 
     adapter = run_node(host_nodes, "TriLoRALoadAdapter", lora_name=saved(tensors, family and {"ss_base_model_version": family}))[0]
-    found = {layer.name: layer.energy**0.5 for layer in pack_module("nodes.inspection").inspect(adapter)}
+    found = {layer.name: layer.energy**0.5 for layer in pack_module("trilora_ops.inspection").inspect(adapter)}
     assert found == pytest.approx(exact, rel=1e-4)
     report = run_node(host_nodes, "TriLoRAInspectAdapter", adapter=adapter)[1]
     energy = sum(norm**2 for norm in exact.values())

@@ -112,7 +112,7 @@ def test_inspecting_sees_every_layer(host_nodes, files, pack_module, writer):
     name, expected = files[writer]
     (adapter, about) = run_node(host_nodes, "TriLoRALoadAdapter", lora_name=name)
     assert f"{len(expected)} low-rank" in about
-    energy = sum(layer.energy for layer in pack_module("nodes.inspection").inspect(adapter))
+    energy = sum(layer.energy for layer in pack_module("trilora_ops.inspection").inspect(adapter))
     assert energy == pytest.approx(sum(float(delta.double().square().sum()) for delta in expected.values()), rel=1e-4)
 
 

@@ -209,7 +209,7 @@ def test_inspecting_and_saving_again(host_nodes, tiny, written, pack_module, kin
     module, options = kinds()[kind]
     name, layers = written(module, **options)
     adapter, _ = run_node(host_nodes, "TriLoRALoadAdapter", lora_name=name)
-    facts = pack_module("nodes.inspection").inspect(adapter)
+    facts = pack_module("trilora_ops.inspection").inspect(adapter)
     assert {fact.name for fact in facts} == set(TARGETS)
     if kind.startswith("LoCon"):
         energies = {TARGETS[fact.name]: fact.energy for fact in facts}

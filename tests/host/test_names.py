@@ -186,16 +186,25 @@ def test_the_class_is_in_the_hosts_list_once(pack_module):
     assert [kind.name for kind in comfy.weight_adapter.adapters].count(own.DiffusersLoRA.name) == 1
 
 
-def test_a_layer_that_has_no_place_is_an_error(layout, ops, adapter):
-    """Named, the first five of them; with a word about CLIP where none is connected."""
+def test_what_has_no_place_is_left_out_and_named(layout, ops, adapter, pack_module):
+    """The first five of the layers and what is in the file beside them; the rest is renamed as it is without them."""
     _, model, clip = layout
     strangers = {f"lora_unet_elsewhere_{i}.{end}": draw(3, 3) for i in range(7) for end in ("lora_up.weight", "lora_down.weight")}
-    state = ops.checkpoint.AdapterState({**adapter, **strangers})
-    with pytest.raises(ops.error) as refused:
-        ops.names.convert_names(state, model, clip, "generic")
-    message = str(refused.value)
-    assert message.startswith("7 layers have no place in this model (lora_unet_elsewhere_0, lora_unet_elsewhere_1")
-    assert "elsewhere_4" in message and "elsewhere_5" not in message and ("CLIP" in message) == (clip is None)
+    state = ops.checkpoint.AdapterState({**adapter, **strangers, "bundle_emb.sks.clip_l": draw(4, 8)})
+    with pack_module("nodes.notices").collected() as said:
+        renamed = ops.names.convert_names(state, model, clip, "generic", "a.safetensors")
+    assert renamed.keys() == ops.names.convert_names(adapter, model, clip, "generic").keys()
+    (text,) = said
+    assert text.startswith("a.safetensors: 7 of ") and "no place: lora_unet_elsewhere_0, lora_unet_elsewhere_1" in text
+    assert "elsewhere_4 and 2 more" in text and "elsewhere_5" not in text
+    assert text.endswith("1 tensor of no layer of the model left out: bundle_emb.sks.clip_l")
+
+
+def test_a_file_of_which_hardly_a_layer_has_a_place_is_an_error(layout, ops, adapter):
+    _, model, clip = layout
+    strangers = {f"lora_unet_elsewhere_{i}.{end}": draw(3, 3) for i in range(3000) for end in ("lora_up.weight", "lora_down.weight")}
+    with pytest.raises(ops.error, match=r"adapter: only \d+ of its 3\d{3} layers found a place in this model \(lora_unet_elsewhere_0 and 2999 more\); its names are"):
+        ops.names.convert_names(ops.checkpoint.AdapterState({**adapter, **strangers}), model, clip, "generic")
 
 
 def test_two_names_of_one_layer_are_an_error(layout, ops):
@@ -203,7 +212,8 @@ def test_two_names_of_one_layer_are_an_error(layout, ops):
     name, model, clip = layout
     key = "double_blocks.0.img_mlp.0" if name == "tiny Flux" else "middle_block.0.in_layers.2"
     names = (f"diffusion_model.{key}", "lora_unet_" + key.replace(".", "_"))
-    state = ops.checkpoint.AdapterState({f"{n}.{end}": draw(2, 2) for n in names for end in ("lora_up.weight", "lora_down.weight")})
+    out, *inp = shapes(model, clip)[f"diffusion_model.{key}.weight"]
+    state = ops.checkpoint.AdapterState({f"{n}.{end}": draw(*size) for n in names for end, size in (("lora_up.weight", (out, 2)), ("lora_down.weight", (2, *inp)))})
     with pytest.raises(ops.error, match=f"{names[1]} and {names[0]} are two names of one layer"):
         ops.names.convert_names(state, model, clip, "kohya")
 
@@ -213,7 +223,9 @@ def test_other_kinds_are_renamed_whole(layout, ops):
     name, model, clip = layout
     path = "double_blocks.0.img_mlp.0" if name == "tiny Flux" else "middle_block.0.in_layers.2"
     ends = ("hada_w1_a", "hada_w1_b", "alpha", "dora_scale", "diff_b", "transform.core0", "residual.lora_up")
-    file = {f"lora_unet_{path.replace('.', '_')}.{end}": draw(2, 2, seed=i) for i, end in enumerate(ends)}
+    out, *inp = shapes(model, clip)[f"diffusion_model.{path}.weight"]
+    sizes = {"hada_w1_a": (out, 2), "hada_w1_b": (2, torch.Size(inp).numel())}
+    file = {f"lora_unet_{path.replace('.', '_')}.{end}": draw(*sizes.get(end, (2, 2)), seed=i) for i, end in enumerate(ends)}
     renamed = ops.names.convert_names(ops.checkpoint.AdapterState(file), model, clip, "generic")
     assert list(renamed) == [f"diffusion_model.{path}.{end}" for end in ends]
     assert all(torch.equal(a, b) for a, b in zip(renamed.values(), file.values(), strict=True))

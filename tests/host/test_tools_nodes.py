@@ -119,7 +119,7 @@ def test_a_merge_of_four_with_a_text_encoder(host_nodes, sd15, saved):
     wanted = 1.5 * 0.5 * one[f"{name}.lora_up.weight"] @ one[f"{name}.lora_down.weight"]
     found = merged[f"{name}.alpha"] / 3 * up @ merged[f"{name}.lora_down.weight"]
     assert distance(found, wanted) <= 1e-5
-    with pytest.raises(ValueError, match="adapter_a: .* no place in this model .* CLIP"):
+    with pytest.raises(ValueError, match="adapter_a: none of its layers is for the model, and 1 layer for a text encoder .*: connect CLIP"):
         run_node(host_nodes, "TriLoRAMergeAdapters", **adapters, model=model)
 
 
@@ -186,8 +186,8 @@ def test_nodes_refuse(host_nodes, saved, error, node, inputs, words):
 
 
 def test_a_style_never_loses_layers(host_nodes, tiny, saved, error, base_dir):
-    """A layer of another model, a whole difference in a PEFT file: refused, and nothing is written."""
-    for extra, keys, words in (({**layer("lora_unet_nowhere", 3, 3)}, "kohya", "1 layers have no place in this model .lora_unet_nowhere."),
+    """A text encoder's layer without CLIP, a whole difference in a PEFT file: refused, and nothing is written."""
+    for extra, keys, words in (({**layer("lora_te_" + TEXT.replace(".", "_"), 3072, 768)}, "kohya", "adapter: 1 layer for a text encoder .*, and clip is not connected"),
                                ({f"{QUERY}.diff": torch.ones(128, 128)}, "peft", "keys=peft: unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.diff")):  # fmt: skip
         adapter = load(host_nodes, saved({**layer(KERNEL, 128, 128, kernel=(3, 3)), **extra}))
         before = set(base_dir.rglob("*"))
@@ -200,6 +200,6 @@ def test_a_merge_says_which_adapter_is_wrong(host_nodes, tiny, saved, error):
     good, other = load(host_nodes, saved(renamed(both(), IN_KOHYAS))), load(host_nodes, saved(renamed(both(), IN_PEFTS, peft=True)))
     stranger = load(host_nodes, saved(layer("lora_unet_nowhere", 3, 3)))
     for inputs, words in (({"adapter_b": other}, "spell the names of the denoiser's layers differently"), ({"adapter_b": {}}, "adapter_b: holds no tensors|adapter_b: adapter"),
-                          ({"adapter_b": stranger, "model": tiny.patcher}, "adapter_b: .* no place in this model")):  # fmt: skip
+                          ({"adapter_b": stranger, "model": tiny.patcher}, "adapter_b: none of its 1 layer found a place in this model")):  # fmt: skip
         with pytest.raises(error, match=words):
             run_node(host_nodes, "TriLoRAMergeAdapters", adapter_a=good, **inputs)

@@ -34,6 +34,11 @@ class WholeLayer(Layer):
         """The tensor itself."""
         return self.tensors[self.ending]
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """See `Layer.size`; of a vector one column."""
+        return (self.tensor.shape[0] if self.tensor.ndim else 1), math.prod(self.tensor.shape[1:])
+
     def check(self, shape) -> None:
         """See `Layer.check`."""
         if tuple(self.tensor.shape) != tuple(shape):

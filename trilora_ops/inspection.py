@@ -1,18 +1,23 @@
-"""What Inspect Adapter says: facts from an adapter's tensors and from its metadata."""
+"""What is said of an adapter: facts from its tensors, from its metadata, from the names of its layers and, with a model, where they go."""
 
 from __future__ import annotations
 
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 
-from ..training.report import describe_run
-from ..trilora_ops.analysis import LayerFacts, analyse
-from ..trilora_ops.bounds import read_json
-from ..trilora_ops.errors import TriLoRAError
-from ..trilora_ops.metadata import title, trigger
+from .analysis import LayerFacts, analyse
+from .block_names import blocks_in_file
+from .bounds import read_json
+from .errors import TriLoRAError
+from .file_origin import family_told, spellings_told
+from .key_doctor import in_runs
+from .key_names import LONGEST, grouped, size_of
+from .message_words import counted, some
+from .metadata import title, trigger
 
 _STRONGEST = 5
 _UNKNOWN = "not said"
@@ -26,8 +31,12 @@ def inspect(adapter: Mapping[str, torch.Tensor]) -> list[LayerFacts]:
     return layers
 
 
-def describe_adapter(layers: Sequence[LayerFacts], metadata: Mapping[str, str]) -> str:
-    """The report: facts from metadata, from the tensors, the layers of most energy, kinds that are not measured."""
+def describe_adapter(layers: Sequence[LayerFacts], metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor],
+                     places: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The report: facts from metadata, from the tensors, from the names, the layers of most energy.
+
+    tensors: the adapter's by key; places: `Diagnosis.report`, where there is a model.
+    """
     spectra = [layer for layer in layers if layer.rank]
     whole = sum(layer.energy for layer in spectra)
     ranks = Counter(layer.rank for layer in spectra)
@@ -49,9 +58,30 @@ def describe_adapter(layers: Sequence[LayerFacts], metadata: Mapping[str, str]) 
         facts["made by"] = "; ".join(steps)
     if others := len(layers) - len(spectra) - sum(layer.change is not None and not layer.rank for layer in layers):
         facts["not measured"] = f"{others} layer{'s' * (others > 1)} of other kinds, which only count for the size"
+    facts |= _told(tensors, metadata)
+    facts |= {f"in the model, {subject}": text for subject, text in places.items()}
     strongest = sorted(spectra, key=lambda layer: -layer.energy)[:_STRONGEST]
     lines = [f"  {layer.energy / (whole or 1):6.1%}  {layer.short_name}" for layer in strongest]
-    return "\n".join([describe_run(facts), *(["most energy", *lines] if lines else [])])
+    return "\n".join([aligned(facts), *(["most energy", *lines] if lines else [])])
+
+
+def _told(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """What names and sizes tell without a model: the family, whose names they are, the layers of each block."""
+    layers, extra = grouped(tensors)
+    told = family_told({layer: size_of(layer, found) for layer, found in layers.items()})
+    counts = Counter(place.block for place in blocks_in_file(layer[:LONGEST] for layer in layers).values())
+    facts = {
+        "model family": f"{told}, by its names" if told else "not told by its names",
+        "names": spellings_told(layers, metadata),
+        "blocks": in_runs({block: (count,) for block, count in counts.items()}) or "none",
+    }
+    return facts | ({"extra": f"{counted(len(extra), 'tensor')} of no layer: {some(extra)}"} if extra else {})
+
+
+def aligned(facts: Mapping[str, object]) -> str:
+    """One line a fact, names aligned."""
+    width = max(map(len, facts))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())
 
 
 def picture_title(layers: Sequence[LayerFacts], metadata: Mapping[str, str]) -> str:

@@ -1,0 +1,26 @@
+"""Names of a file and counts as messages repeat them: in one line, at bounded length."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from itertools import islice
+
+SHOWN = 5  # names of a list
+_LETTERS = 120  # of a name
+
+
+def short(name: str, letters: int = _LETTERS) -> str:
+    """A name in one line, cut in the middle where it is very long."""
+    kept = name if len(name) <= letters else f"{name[: letters // 2]} ... {name[-letters // 3 :]}"
+    return "".join(letter if letter.isprintable() else "?" for letter in kept)
+
+
+def some(names: Collection[str], count: int = SHOWN) -> str:
+    """The first of some names, and how many more there are."""
+    shown = [short(name) for name in islice(names, count)]
+    return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
+
+
+def counted(count: int, word: str) -> str:
+    """`1 layer`, `2 layers`."""
+    return f"{count} {word}{'s' * (count != 1)}"
