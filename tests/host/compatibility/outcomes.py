@@ -4,9 +4,11 @@ The measure is the writer's own merge: the change of every weight and bias, rela
 the host is already imported.
 """
 
+import logging
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +22,7 @@ EXACT, PARTLY, REFUSED, WRONG, UNWRITTEN = "exact", "exact, rest named", "refuse
 TOLERANCE = 1e-5
 LOADERS = ("TriLoRALoader", "TriLoRAApplyStack", SAVED_AGAIN := "saved again")
 # a refusal that tells a person nothing about the file
-_WRONG_REASON = "another model family"
+_WRONG_REASON = "made for another model"
 
 
 class NotWritten(Exception):
@@ -80,9 +82,9 @@ def outcome(nodes, pack_module, row: Row, loader: str = "TriLoRALoader") -> Outc
 
 
 def _loaded(nodes, pack_module, path: Path, model, clip, expected: dict[str, Tensor], loader: str) -> Outcome:
-    notices, error = pack_module("nodes.notices"), pack_module("trilora_ops.errors").TriLoRAError
+    error = pack_module("trilora_ops.errors").TriLoRAError
     name = str(path.relative_to(list_saved_adapters()))
-    with notices.collected() as said:
+    with _warnings() as said:
         try:
             patched, patched_clip = _apply(nodes, model, clip, name, loader)
         except error as sentence:
@@ -92,6 +94,19 @@ def _loaded(nodes, pack_module, path: Path, model, clip, expected: dict[str, Ten
     except Exception as problem:  # a layer that was accepted and cannot be computed is an outcome too
         return Outcome(WRONG, f"{type(problem).__name__}: {problem}", notices=tuple(said))
     return compared(found, expected, tuple(said))
+
+
+@contextmanager
+def _warnings():
+    """What is logged as a warning meanwhile: every notice is, whichever node shows it."""
+    said, log = [], logging.getLogger("trilora")
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())
+    log.addHandler(handler)
+    try:
+        yield said
+    finally:
+        log.removeHandler(handler)
 
 
 def _apply(nodes, model, clip, name: str, loader: str):
