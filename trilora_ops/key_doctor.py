@@ -9,9 +9,11 @@ from functools import cached_property
 from torch import Tensor
 
 from .block_names import blocks_in_file
-from .blocks import Blocks
+from .blocks import TEXT_GROUPS, Blocks
+from .errors import TriLoRAError
 from .file_origin import family_told
-from .key_names import LONGEST, Spellings, grouped, is_text, size_at, size_of
+from .files.kinds import read_layer
+from .key_names import LONGEST, Spellings, form, grouped, is_text, size_at, size_of
 from .message_words import SHOWN, counted, short, some
 from .naming import split_target
 
@@ -56,12 +58,15 @@ class Diagnosis:
     def refusal(self) -> str:
         """Why the file cannot be used with this model, "" where it can.
 
-        No layer has a place; a layer is of another size than its weight; or fewer than half of the layers for the
-        denoiser have a place. A text encoder's layers never keep the others from being used.
+        No layer has a place; a layer that would have one is not whole; a layer is of another size than its weight; or
+        fewer than half of the layers for the denoiser have a place. A text encoder's layers never keep the others from
+        being used.
         """
         if not self.layers:
             none = f"none of its {counted(len(self.extra), 'tensor')} is part of an adapter's layer"
             return f"{self.name}: {none} ({some(self.extra)}); choose a LoRA file"
+        if self.broken:
+            return f"{self.name}: {self.broken}"
         if self.misfits:
             more = len(self.misfits) - 1
             others = f", and {more} more of {counted(len(self.layers), 'layer')} do not fit" if more else ""
@@ -90,7 +95,7 @@ class Diagnosis:
                 f"{len(own)} of {counted(len(self.layers), 'layer')} left out, for which this model ({self.model}) has "
                 f"no place: {some(own)}" + (f" (nearest to {short(own[0])}: {', '.join(nearest)})" if nearest else "")
             )
-            if whole := [block for block, (found, _) in self.by_block.items() if not found and block[-1:].isdigit()]:
+            if whole := self._whole_blocks():
                 parts.append(f"nothing of these blocks was used: {some(whole, 12)}")
         if text:
             parts.append(f"{counted(len(text), 'layer')} for a text encoder left out, since no CLIP is connected")
@@ -131,6 +136,22 @@ class Diagnosis:
             counts[block] = found + here, count + 1
         order = {block: number for number, block in enumerate(blocks.ids)}
         return dict(sorted(counts.items(), key=lambda item: order.get(item[0], len(order))))
+
+    @cached_property
+    def broken(self) -> str:
+        """What is wrong with the first layer whose name, spelled otherwise, is one of the model's; "" where nothing is."""
+        for layer in self.left:
+            if form(layer) in self.spellings.targets:
+                try:
+                    read_layer(layer, self.tensors[layer])
+                except TriLoRAError as error:
+                    return str(error)
+        return ""
+
+    def _whole_blocks(self) -> list[str]:
+        beside = () if self.has_clip else TEXT_GROUPS  # those are said in one number
+        lost = [block for block, (found, _) in self.by_block.items() if not found and block[-1:].isdigit()]
+        return [block for block in lost if block.partition(".")[0] not in beside]
 
     def _misfit(self) -> str:
         layer, (got, expected) = next(iter(self.misfits.items()))

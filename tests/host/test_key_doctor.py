@@ -80,8 +80,12 @@ def test_an_sdxl_file_on_sd15_says_so(host_nodes, read):
 def test_half_a_layer_is_called_that(host_nodes, read, tiny):
     for missing in ("up", "down"):
         half = {key: tensor for key, tensor in low_rank(LINEAR, 128, 128).items() if f"lora_{missing}" not in key}
-        with pytest.raises(ValueError, match="missing"):
-            read(tiny.patcher, half)
+        for other in ({}, low_rank(CONV, 128, 128, kernel=(3, 3))):
+            with pytest.raises(ValueError, match=f"^a.safetensors: {LINEAR}.lora_{missing}.weight is missing.*nothing was applied$"):
+                read(tiny.patcher, half | other)
+            foreign = {key.replace("diffusion_model.", "transformer.base_model.model."): tensor for key, tensor in half.items()}
+            with pytest.raises(ValueError, match=f"^a.safetensors: transformer.base_model.model.*lora_{missing}.weight is missing.*nothing was applied$"):
+                read(tiny.patcher, foreign | other)
 
 
 # Where it is shown
