@@ -19,6 +19,7 @@ def blocks(pattern: str, **counts: int) -> list[str]:
      (blocks("diffusion_model.{}.{}.img_attn.qkv", double_blocks=20) + blocks("diffusion_model.{}.{}.linear1", single_blocks=40), "HunyuanVideo or HunyuanImage 2.1"),
      (blocks("transformer.{}.{}.img_mlp.net.2", transformer_blocks=60), "Qwen-Image"), (blocks("lora_unet_{}_{}_attention_qkv", layers=30, noise_refiner=2), "Z-Image"),
      (blocks("diffusion_model.{}.{}.x_block.attn.qkv", joint_blocks=38), "SD3.5 Large"), (["lora_te_text_model_encoder_layers_0_mlp_fc1"], "a text encoder alone"),
+     (blocks("transformer.{}.{}.attn.add_q_proj", transformer_blocks=19) + blocks("transformer.{}.{}.proj_mlp", single_transformer_blocks=38), "Flux.1 or Chroma"),
      (["lora_unet_down_blocks_0_attentions_0_proj_in"], "a U-Net (SD1.5, SD2, SDXL)"), (["lora_unet_nowhere"], ""), ([], "")],
 )  # fmt: skip
 def test_the_family_is_told_by_the_names(names, told):

@@ -45,6 +45,9 @@ def family_told(layers: Mapping[str, tuple[int, int] | None]) -> str:
         return "a text encoder alone" if layers else ""
     places = blocks_in_file(own).values()
     families = families_in_file(own)
+    blocks = {place.block for place in places}
+    if exact := _exactly(families, blocks):
+        return " or ".join(exact)
     if len(families) > 1:
         families = _most_alike(families, [place.rest for place in places])
     names = {family.name for family in families}
@@ -53,7 +56,7 @@ def family_told(layers: Mapping[str, tuple[int, int] | None]) -> str:
         told = [_CONTEXTS[width] for width in widths if width in _CONTEXTS]
         return told[0] if len(told) == 1 else _TITLES["unet"]
     known = {name: layout for name, layout in LAYOUTS.items() if layout.family in names}
-    titles = _with_room(known, {place.block for place in places})
+    titles = _with_room(known, blocks)
     if not 0 < len(titles) <= _OPEN:
         titles = [_TITLES[family.name] for family in families]
     return " or ".join(dict.fromkeys(titles)) if len(titles) <= _OPEN else ""
@@ -99,14 +102,31 @@ def _most_alike(families: list[Family], rests: list[str]) -> list[Family]:
     return [family for family in families if counts[family] == most]
 
 
+def _exactly(families: list[Family], blocks: Collection[str]) -> list[str]:
+    """The known models of these families whose lists are just as long as the file's, where there are several lists to tell by."""
+    names, counts = {family.name for family in families}, _lengths(blocks)
+    alike = [name for name, layout in LAYOUTS.items() if layout.family in names - {"unet"}]
+    return [name for name in alike if len(counts) > 1 and _lists(LAYOUTS[name], counts) == counts]
+
+
 def _with_room(known: Mapping[str, Layout], blocks: Collection[str]) -> list[str]:
     """The known models that have room for all of these blocks; where lists are as long as theirs, those alone."""
-    counts: dict[str, int] = {}
-    for block in blocks:
-        if match := re.fullmatch(r"(\D+)(\d+)", block):
-            counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
+    counts = _lengths(blocks)
     same = {}
     for name, layout in known.items():
         if all(layout.blocks.get(group, 0) >= count for group, count in counts.items()):
             same[name] = sum(layout.blocks.get(group) == count for group, count in counts.items())
     return [name for name, lists in same.items() if lists == max(same.values())]
+
+
+def _lengths(blocks: Collection[str]) -> dict[str, int]:
+    """Group of numbered blocks -> how long its list is at least."""
+    counts: dict[str, int] = {}
+    for block in blocks:
+        if match := re.fullmatch(r"(\D+)(\d+)", block):
+            counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
+    return counts
+
+
+def _lists(layout: Layout, counts: Mapping[str, int]) -> dict[str, int]:
+    return {group: layout.blocks[group] for group in counts if group in layout.blocks}
