@@ -85,6 +85,9 @@ def test_tiny_models_predict(host, build, sigma):
 
 @pytest.mark.parametrize("build", [tiny_models.v_prediction_model, tiny_models.flow_model, tiny_models.flux_model])
 def test_gradients_reach_every_matrix_of_a_tiny_model(monkeypatch, host, build):
+    kernels = hasattr(getattr(torch.ops, "comfy_kitchen", None), "apply_rope1")
+    if build is tiny_models.flux_model and kernels and not hasattr(comfy.model_management, "in_training"):
+        pytest.skip("this host's kernels have no backward pass, and no flag that leaves them out")
     # Where the host has the flag, it chooses operators that autograd knows.
     monkeypatch.setattr(comfy.model_management, "in_training", True, raising=False)
     tiny = build()
