@@ -123,8 +123,10 @@ def test_the_bias_of_a_low_rank_layer_has_its_scale(read):
 
 def test_what_was_trained_whole_is_named(read):
     whole = {"base_model.model.head.weight": torch.ones(3, 3), "base_model.model.block.to_q.bias": torch.ones(3)}
-    (note,) = read(PLAIN | whole, {"lora_alpha": 2, "modules_to_save": ["head"], "bias": "lora_only"}).notes
+    state = read(PLAIN | whole, {"lora_alpha": 2, "modules_to_save": ["head"], "bias": "lora_only"})
+    (note,) = state.notes
     assert "2 weights and biases" in note and "head.weight" in note and "block.to_q.bias" in note
+    assert state.keys() == PLAIN.keys()
 
 
 def test_a_file_of_peft_that_lost_its_scale_says_so(read):
@@ -138,6 +140,11 @@ def test_whole_factors_of_lokr_take_the_rank_from_the_configuration(read):
     config = {"peft_type": "LOKR", "r": 8, "alpha": 4, "rank_pattern": {"to_k": 2, "block.to_q": 16}, "alpha_pattern": {"^block.to_q": 2}}
     state = read(tensors, config)
     assert torch.equal(state[f"{LAYER}.lokr_w1"], torch.full((2, 2), 2 / 16)) and f"{LAYER}.alpha" not in state
+
+
+@pytest.mark.parametrize("pattern", ["(?=to_q)", r"(a)\1", "(", "[", "x{9999}", "*"])
+def test_an_expression_that_is_not_read_is_refused(read, pattern):
+    assert "alpha_pattern=" in refusal(read, PLAIN, {"lora_alpha": 2, "alpha_pattern": {"to_k": 1, pattern: 3}})
 
 
 OFT = {f"{LAYER}.oft_R.weight": torch.full((2, 3), 0.5)}
@@ -162,7 +169,9 @@ def test_oft_whose_configuration_is_broken(read, fields):
 
 @pytest.mark.parametrize(
     ("patterns", "alpha"),
-    [({"to_q": 3, "block.to_q": 5}, 3), ({"to_k": 3, "block.to_q": 5}, 5), ({"^to_q": 3}, 2), ({"^block.to_q": 3}, 3), ({"o_q": 3}, 2), ({}, 2), (None, 2)],
+    [({"to_q": 3, "block.to_q": 5}, 3), ({"to_k": 3, "block.to_q": 5}, 5), ({"^to_q": 3}, 2), ({"^block.to_q": 3}, 3), ({"o_q": 3}, 2), ({}, 2), (None, 2),
+     ({".*": 3}, 3), ({".*to_[qk]": 3}, 3), ({"to_[kv]": 3}, 2), ({"to_k|to_q": 3}, 3), ({"lock.to_q|x": 3}, 2), ({"^to_.": 3}, 2), ({"^block.*": 3}, 3),
+     ({"to_[qk]": 3, "to_q": 5}, 3), ({"to_q": 5, "to_[qk]": 3}, 5), ({r"block\.to_q": 4}, 4), ({"(a+)+$": 3}, 2), ({"(.*a)*": 3}, 2)],
 )  # fmt: skip
 def test_the_first_pattern_that_names_a_module_holds(read, patterns, alpha):
     state = read(PLAIN, {"lora_alpha": 2, "alpha_pattern": patterns})
@@ -175,6 +184,8 @@ HOSTILE = {
     "a long kind": {"peft_type": "X" * 900_000},
     "a long start": {"lora_alpha": 1, "init_lora_weights": "x" * 900_000},
     "a long pattern": {"lora_alpha": 1, "alpha_pattern": {"(a+)+" * 100_000: 2}},
+    "slow patterns": {"lora_alpha": 1, "alpha_pattern": {f"(.*a)*{n}(.*b.*)*": 2 for n in range(100)}},
+    "too many patterns": {"lora_alpha": 1, "alpha_pattern": {f"a*{n}": 2 for n in range(5000)}},
     "a long number": '{"lora_alpha": ' + "9" * 900_000 + "}",
     "too much": {"lora_alpha": 1, "x": "x" * 1_100_000},
     "modules": {"lora_alpha": 1, "modules_to_save": [f"m{n}" for n in range(60_000)]},

@@ -7,20 +7,21 @@ tensors is in `peft_tuners`.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from .bounds import FILE, PATTERNS, check_count, read_json
 from .errors import TriLoRAError
+from .patterns import Pattern
 
 IN_METADATA = "lora_adapter_metadata"
 BESIDE = {"adapter_model.safetensors": "adapter_config.json"}
 WRAPPER = "base_model.model."  # what peft puts before every module's name
-_MAX_BYTES = 2**20
 _MOST_PARTS = 16
 _DEEPEST = 64  # dots in a pattern's name
+_LONGEST = 1000  # letters of a module's name that expressions are matched with
 # a part of the configuration is one if it has at least one of these
 _FIELDS = {"peft_type", "lora_alpha", "alpha"}
 
@@ -57,23 +58,28 @@ class Component:
 
 
 class Exceptions:
-    """What peft's `alpha_pattern` and `rank_pattern` say of single modules: names or expressions, found at the end of a
-    module's name, behind a dot or from its start; the first that fits holds."""
+    """What peft's `alpha_pattern` and `rank_pattern` say of single modules: names or regular expressions (`patterns`), found at
+    the end of a module's name, behind a dot or from its start; the first that fits holds."""
 
     def __init__(self, patterns, field: str):
-        """Raises TriLoRAError for what is no object of patterns, and for a pattern that is more than a name."""
+        """Raises TriLoRAError for what is no object of patterns, and for an expression that is not read."""
         if patterns is not None and not isinstance(patterns, dict):
             raise TriLoRAError(f"{field}={shown(patterns)}: expected names of modules with their numbers; the file is broken")
         self._values = list((patterns or {}).values())
         # a name -> its place among the patterns: at the end of a module's name, or all of it
         self._ends: dict[str, int] = {}
         self._whole: dict[str, int] = {}
+        self._expressions: list[tuple[int, Pattern]] = []
         for place, pattern in enumerate(patterns or ()):
             literal = pattern.removeprefix("^")
-            if not re.fullmatch(r"[\w.]+", literal):
-                raise TriLoRAError(f"{field}={shown(pattern)}: only names of modules are read; save the adapter without patterns, "
-                                   "for example by writing each layer's alpha into its tensors")
-            (self._ends if literal == pattern else self._whole).setdefault(literal, place)
+            if re.fullmatch(r"[\w.]+", literal):
+                (self._ends if literal == pattern else self._whole).setdefault(literal, place)
+                continue
+            check_count(len(self._expressions) + 1, f"{field}: expressions", PATTERNS)
+            try:
+                self._expressions.append((place, Pattern(rf"(.*\.)?({pattern})")))
+            except TriLoRAError as error:
+                raise TriLoRAError(f"{field}={shown(pattern)}: {error}; save the adapter with each layer's alpha in its tensors instead") from None
 
     def of(self, module: str, default):
         """The value for a module."""
@@ -82,7 +88,11 @@ class Exceptions:
         places = [self._ends[end] for end in (module, *ends) if end in self._ends]
         if module in self._whole:
             places.append(self._whole[module])
-        return self._values[min(places)] if places else default
+        best = min(places, default=len(self._values))
+        if self._expressions and len(module) > _LONGEST:
+            raise TriLoRAError(f"{shown(module)}: a name of {len(module):,} letters, which no expression is matched with; the file is broken")
+        best = next((place for place, pattern in self._expressions if place < best and pattern.fullmatch(module)), best)
+        return self._values[best] if best < len(self._values) else default
 
 
 def read_config(path: Path, metadata: Mapping[str, str]) -> list[Component]:
@@ -96,10 +106,8 @@ def read_config(path: Path, metadata: Mapping[str, str]) -> list[Component]:
         if text is None and beside.is_file():
             place = beside.name
             with beside.open("rb") as file:
-                text = file.read(_MAX_BYTES + 1)
-        if text is not None and len(text) > _MAX_BYTES:
-            raise ValueError(f"more than {_MAX_BYTES} bytes")
-        config = json.loads(text) if text is not None else {}
+                text = file.read(FILE + 1).decode("utf-8-sig")
+        config = read_json(text) if text is not None else {}
         if not isinstance(config, dict):
             raise ValueError(f"a {type(config).__name__}")
     except (ValueError, RecursionError, OSError) as error:

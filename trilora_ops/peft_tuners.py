@@ -185,19 +185,20 @@ def _layers(tensors: Mapping[str, Tensor], components: list[Component], componen
     return [name for name in names if component_of(name, components) is component]
 
 
-def _whole(tensors: Mapping[str, Tensor], components: list[Component]) -> list[str]:
-    """What was trained beside the adapter and is in the file as it is: `modules_to_save` and biases."""
+def _whole(tensors: dict[str, Tensor], components: list[Component]) -> list[str]:
+    """Leave out what was trained beside the adapter and is in the file as it is: `modules_to_save` and biases."""
     found, ends = {}, tuple(end for pair in PAIRS for end in pair)
-    for key in tensors:
+    for key in list(tensors):
         component = component_of(key, components)
         if component is None or not key.endswith((".weight", ".bias")) or key.endswith(ends):
             continue
         if not _OURS.search(key) and not _MARK.search(key):
-            found[component.module(key)] = None
+            found[component.module(key).replace(".base_layer.", ".")] = tensors.pop(key)
     if not found:
         return []
-    names = ", ".join(shown(name, 120) for name in list(found)[:5])
-    return [f"{len(found)} weights and biases that were trained whole beside the adapter (modules_to_save, bias) were left out: {names}"]
+    names = ", ".join(shown(name, 120) for name in list(found)[:3])
+    return [f"{len(found)} weights and biases that were trained whole beside the adapter (modules_to_save, bias) were left out ({names}"
+            + (", ...)" if len(found) > 3 else ")")]
 
 
 def _without_scale(tensors: Mapping[str, Tensor], components: list[Component]) -> list[str]:

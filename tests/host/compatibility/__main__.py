@@ -71,7 +71,7 @@ def page(host: str, found: Iterable[tuple]) -> str:
         kinds.setdefault((row.writer, row.kind), []).append((row, outcome))
     for row, outcome in (one for rows in kinds.values() for one in rows):
         if outcome.verdict == "not written":
-            rest.append(f"- {row.name}: {_cell(outcome.text)}")
+            rest.append(f"- {row.name}: {_cell(outcome.text).strip(': ')}")
         else:
             lines.append(f"| {row.writer} | {row.kind} | {_cell(row.options)} | {_result(outcome)} |")
     return _HEAD.format(host=host) + "\n".join(lines) + "\n" + (_REST + "\n".join(rest) + "\n" if rest else "")
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="show the page instead of writing it")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
+    logging.getLogger().setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as base:
         version, nodes, pack_module = import_pack(Path(base))
         measure = importlib.import_module(f"{PACKAGE}.tests.host.compatibility.outcomes").outcome

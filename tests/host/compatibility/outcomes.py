@@ -7,7 +7,7 @@ the host is already imported.
 import logging
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ EXACT, PARTLY, REFUSED, WRONG, UNWRITTEN = "exact", "exact, rest named", "refuse
 TOLERANCE = 1e-5
 LOADERS = ("TriLoRALoader", "TriLoRAApplyStack", SAVED_AGAIN := "saved again")
 # a refusal that tells a person nothing about the file
-_WRONG_REASON = "made for another model"
+_WRONG_REASON = "another model family"
 
 
 class NotWritten(Exception):
@@ -97,16 +97,23 @@ def _loaded(nodes, pack_module, path: Path, model, clip, expected: dict[str, Ten
 
 
 @contextmanager
-def _warnings():
-    """What is logged as a warning meanwhile: every notice is, whichever node shows it."""
-    said, log = [], logging.getLogger("trilora")
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage())
+def _warnings() -> Iterator[list[str]]:
+    """What the pack logs as warnings inside the block, which its nodes show too."""
+    said: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    log, handler = logging.getLogger("trilora"), Collect(logging.WARNING)
+    before = log.level
     log.addHandler(handler)
+    log.setLevel(logging.WARNING)
     try:
         yield said
     finally:
         log.removeHandler(handler)
+        log.setLevel(before)
 
 
 def _apply(nodes, model, clip, name: str, loader: str):
