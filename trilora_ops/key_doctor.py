@@ -70,7 +70,7 @@ class Diagnosis:
         if self.misfits:
             more = len(self.misfits) - 1
             others = f", and {more} more of {counted(len(self.layers), 'layer')} do not fit" if more else ""
-            return f"{self.name}: {self._misfit()}{others}; {self._about()}it was made for another model"
+            return f"{self.name}: {self._about()}; {self._misfit()}{others}; it was made for another model"
         own = [layer for layer in self.layers if not is_text(layer)]
         lost = [layer for layer in own if layer not in self.placed]
         if self.placed and len(lost) <= (1 - _LEAST) * len(own):
@@ -82,8 +82,8 @@ class Diagnosis:
         found = "none" if len(lost) == len(own) else f"only {len(own) - len(lost)}"
         return (
             f"{self.name}: {found} of its {counted(len(own), 'layer')} found a place in this model ({some(lost, 1)}); "
-            f"{self._about()}it was made for another model, or its names are spelled in a way that is not known here; "
-            f"choose the model it was made for" + (f"; {text}{remedy}" if self.left_text else "")
+            f"{self._about()}; {self._nearest(lost[0])}it was made for another model, or its names are spelled in a way "
+            f"that is not known here; choose the model it was made for" + (f"; {text}{remedy}" if self.left_text else "")
         )
 
     def notice(self, unread: Sequence[str] = ()) -> str:
@@ -159,12 +159,12 @@ class Diagnosis:
 
     def _about(self) -> str:
         told = family_told(self.sizes)
-        parts = [f"its names are those of {told}" if told else "its names tell no model that is known here"]
-        parts.append(f"this model is {self.model}")
-        first = next((layer for layer in self.left if not is_text(layer)), None)
-        if first is not None and (nearest := self.spellings.nearest(first)):
-            parts.append(f"nearest to {short(first)}: {', '.join(nearest)}")
-        return "; ".join(parts) + "; "
+        names = f"its names are those of {told}" if told else "its names tell no model that is known here"
+        return f"{names}, and this model is {self.model}"
+
+    def _nearest(self, layer: str) -> str:
+        nearest = self.spellings.nearest(layer)
+        return f"nearest to {short(layer)}: {', '.join(nearest)}; " if nearest else ""
 
 
 def examine(

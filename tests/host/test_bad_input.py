@@ -129,13 +129,14 @@ def test_images_without_captions(encode, error, folder, caplog):
 def test_a_file_of_another_model_family(apply):
     message = apply("flux.safetensors", save(layer("diffusion_model.double_blocks.0.img_attn.qkv", 192, 64)))
     assert message.startswith("flux.safetensors: none of its 1 layer found a place in this model (diffusion_model.double_blocks.0.img_attn.qkv); ")
-    assert "its names are those of Flux or HunyuanVideo; this model is SD20; " in message and message.endswith("nothing was applied")
+    assert "its names are those of Flux or HunyuanVideo, and this model is SD20; " in message and message.endswith("nothing was applied")
 
 
 def test_a_file_of_a_wider_model_of_the_same_family(apply):
     """Names fit and shapes do not: refused before anything is applied, with both shapes."""
     message = apply("wide.safetensors", save({**layer(QUERY.replace("to_q", "to_k"), 128, 128), **layer(QUERY, 320, 320)}))
-    assert message.startswith(f"wide.safetensors: its layer for {QUERY}.weight is (320, 320), expected (128, 128)")
+    assert message.startswith("wide.safetensors: its names are those of a U-Net (SD1.5, SD2, SDXL), and this model is SD20; ")
+    assert f"its layer for {QUERY}.weight is (320, 320), expected (128, 128)" in message
     assert message.endswith("nothing was applied")
 
 
