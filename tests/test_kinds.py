@@ -181,3 +181,10 @@ def test_an_endless_text_is_cut():
     assert len(str(error)) < 250 and str(error).startswith("kkkk") and str(error).endswith(".lora_up.weight is missing; copy or download it again")
     assert len(bounded("word " * 1000 + "the remedy")) <= 1000 and bounded("word " * 1000 + "the remedy").endswith("the remedy")
     assert bounded("a short text") == "a short text"
+
+
+def test_flat_factors_of_a_convolution_need_not_divide_its_channels():
+    """ComfyUI's own trainer on 0.3.64 factors (out, in * kernel): the change is the flat Kronecker product in the weight's shape."""
+    w1, w2, weight = draw(4, 9), draw(2, 6, seed=1), draw(8, 6, 3, 3)
+    layer = read("a", {"a.lokr_w1": w1, "a.lokr_w2": w2}, weight.shape)
+    torch.testing.assert_close(layer.delta(weight), torch.kron(w1, w2).reshape(weight.shape))

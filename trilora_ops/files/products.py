@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TriLoRAError
-from .layer import BROKEN, LARGEST_WEIGHT, OTHER_MODEL, ScaledLayer, check_kernel
+from .layer import BROKEN, LARGEST_WEIGHT, ScaledLayer, check_kernel
 from .low_rank import tucker, tucker_bound
 from .numbers import columns, factor, largest, matrix, product_bound, whole_bound, worst
 
@@ -126,16 +126,12 @@ class LoKrLayer(ScaledLayer):
         return sizes[0][0] * sizes[1][0], sizes[0][1] * sizes[1][1]
 
     def check(self, shape) -> None:
-        """See `Layer.check`; on a convolution the kernel's axes must lie in w2, behind its own channels."""
+        """See `Layer.check`; kernel axes that w2 has must be the weight's. ComfyUI's trainer writes two flat factors for a
+        convolution, of which w1 need not divide the channels."""
         super().check(shape)
         for ending in (".lokr_w2", ".lokr_t2"):
             if ending in self.tensors:
                 check_kernel(self.tensors[ending].shape[2:], shape)
-        kernel, w1 = math.prod(shape[2:]), self.tensors.get(".lokr_w1", self.tensors.get(".lokr_w1_b"))
-        if shape[1:] and (self.size[1] // w1.shape[1]) % kernel:
-            raise TriLoRAError(
-                f"has a first factor of {w1.shape[1]} columns, which do not divide {shape[1]} channels; {OTHER_MODEL}"
-            )
 
     def product_bound(self) -> float:
         """See `ScaledLayer.product_bound`."""
