@@ -20,7 +20,13 @@ def blocks(pattern: str, **counts: int) -> list[str]:
      (blocks("transformer.{}.{}.img_mlp.net.2", transformer_blocks=60), "Qwen-Image"), (blocks("lora_unet_{}_{}_attention_qkv", layers=30, noise_refiner=2), "Z-Image"),
      (blocks("diffusion_model.{}.{}.x_block.attn.qkv", joint_blocks=38), "SD3.5 Large"), (["lora_te_text_model_encoder_layers_0_mlp_fc1"], "a text encoder alone"),
      (blocks("transformer.{}.{}.attn.add_q_proj", transformer_blocks=19) + blocks("transformer.{}.{}.proj_mlp", single_transformer_blocks=38), "Flux.1 or Chroma"),
-     (["lora_unet_down_blocks_0_attentions_0_proj_in"], "a U-Net (SD1.5, SD2, SDXL)"), (["lora_unet_nowhere"], ""), ([], "")],
+     (["lora_unet_down_blocks_0_attentions_0_proj_in"], "a U-Net (SD1.5, SD2, SDXL)"), (["lora_unet_nowhere"], ""), ([], ""),
+     # some of the blocks: what has room for them, never what is just as long by chance, or has a part of the same name elsewhere
+     (["transformer.transformer_blocks.3.ff.net.0.proj", "transformer.single_transformer_blocks.5.proj_mlp"], "Flux or HunyuanVideo"),
+     (["lora_transformer_single_transformer_blocks_5_proj_mlp"], "Flux or HunyuanVideo"), (["lora_unet_double_blocks_7_img_attn_qkv"], "Flux or HunyuanVideo"),
+     (["lora_unet_double_blocks_7_img_attn_qkv", "lora_unet_single_blocks_23_linear1"], "Flux or HunyuanVideo"),
+     (blocks("lora_unet_{}_{}_img_attn_qkv", double_blocks=8), "Flux or HunyuanVideo"), (["diffusion_model.layers.25.attention.qkv"], "Lumina 2 or Z-Image or OmniGen2 or Ideogram 4"),
+     (["lora_unet_double_blocks_53_img_attn_qkv"], "HunyuanVideo 1.5")],
 )  # fmt: skip
 def test_the_family_is_told_by_the_names(names, told):
     assert family_told(dict.fromkeys(names)) == told

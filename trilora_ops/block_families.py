@@ -111,7 +111,8 @@ FAMILIES: tuple[Family, ...] = (
     Family("hunyuan_video", "double_blocks txt_in.individual_token_refiner", {
         "IN": "img_in txt_in time_in time_r_in vector_in guidance_in byt5_in vision_in cond_type_embedding",
         "R#": "txt_in.individual_token_refiner.blocks.#", "D##": "double_blocks.#", "S##": "single_blocks.#", "FINAL": "final_layer"},
-        {**_FLUX, "individual_token_refiner": "txt", "self_attn": "attn self", "mlp": "mlp"}),
+        {**_FLUX, "individual_token_refiner": "txt", "individual_token_refiner.blocks.#.self_attn": "attn self txt",
+         "individual_token_refiner.blocks.#.mlp": "mlp txt"}),
     # Wan 2.1, 2.2 and what is built on them
     Family("wan", "blocks patch_embedding head.modulation", {
         "EMB": "patch_embedding text_embedding time_embedding time_projection img_emb img_emb_refimage vace_patch_embedding pose_patch_embedding "

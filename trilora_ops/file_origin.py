@@ -105,27 +105,43 @@ def _most_alike(families: list[Family], rests: list[str]) -> list[Family]:
 def _exactly(families: list[Family], blocks: Collection[str]) -> list[str]:
     """The known models of these families whose lists are just as long as the file's, where there are several lists to tell by."""
     names, counts = {family.name for family in families}, _lengths(blocks)
+    if len(counts) < 2 or _whole(blocks) != counts:
+        return []
     alike = [name for name, layout in LAYOUTS.items() if layout.family in names - {"unet"}]
-    return [name for name in alike if len(counts) > 1 and _lists(LAYOUTS[name], counts) == counts]
+    return [name for name in alike if _lists(LAYOUTS[name], counts) == counts]
 
 
 def _with_room(known: Mapping[str, Layout], blocks: Collection[str]) -> list[str]:
-    """The known models that have room for all of these blocks; where lists are as long as theirs, those alone."""
-    counts = _lengths(blocks)
+    """The known models that have room for all of these blocks; those alone whose longest list the file fills from end to end.
+
+    A shorter list may be a part of one that is longer in another model.
+    """
+    counts, whole = _lengths(blocks), _whole(blocks)
+    room = [name for name, layout in known.items() if all(layout.blocks.get(group, 0) >= count for group, count in counts.items())]
     same = {}
-    for name, layout in known.items():
-        if all(layout.blocks.get(group, 0) >= count for group, count in counts.items()):
-            same[name] = sum(layout.blocks.get(group) == count for group, count in counts.items())
+    for name in room:
+        lists = known[name].blocks
+        longest = max(lists, key=lists.get)
+        same[name] = sum(lists.get(group) == count for group, count in whole.items()) if whole.get(longest) == lists[longest] else 0
     return [name for name, lists in same.items() if lists == max(same.values())]
 
 
 def _lengths(blocks: Collection[str]) -> dict[str, int]:
     """Group of numbered blocks -> how long its list is at least."""
-    counts: dict[str, int] = {}
+    return {group: max(numbers) + 1 for group, numbers in _numbers(blocks).items()}
+
+
+def _whole(blocks: Collection[str]) -> dict[str, int]:
+    """Group of numbered blocks -> how long its list is, of those without a gap."""
+    return {group: len(numbers) for group, numbers in _numbers(blocks).items() if max(numbers) + 1 == len(numbers)}
+
+
+def _numbers(blocks: Collection[str]) -> dict[str, set[int]]:
+    found: dict[str, set[int]] = {}
     for block in blocks:
         if match := re.fullmatch(r"(\D+)(\d+)", block):
-            counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
-    return counts
+            found.setdefault(match[1], set()).add(int(match[2]))
+    return found
 
 
 def _lists(layout: Layout, counts: Mapping[str, int]) -> dict[str, int]:
