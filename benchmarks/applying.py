@@ -27,9 +27,9 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 def ours(model, names: list[str]):
     """The model with every file on it, through the TriLoRA Loader."""
-    node = module(f"{PACKAGE}.nodes.load").TriLoRALoader
+    loader = measure.node("load", "TriLoRALoader")
     for name, strength in zip(names, STRENGTHS, strict=False):
-        model = node.execute(model, name, strength, 0).args[0]
+        model = loader.execute(model, name, strength, 0).args[0]
     return model
 
 

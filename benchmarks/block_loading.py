@@ -23,13 +23,13 @@ from measure import PACKAGE, module
 
 def loader(text: str):
     """A function for `applying.Side`: TriLoRA Loader with these block weights."""
-    return lambda model, names: module(f"{PACKAGE}.nodes.load").TriLoRALoader.execute(model, names[0], 1.0, 0, block_weights=text).args[0]
+    return lambda model, names: measure.node("load", "TriLoRALoader").execute(model, names[0], 1.0, 0, block_weights=text).args[0]
 
 
 def stack(text: str):
     """The same with an Adapter Stack of one file."""
-    nodes = module(f"{PACKAGE}.nodes.stack")
-    return lambda model, names: nodes.ApplyStack.execute(model, nodes.AdapterStack.execute(names[0], 1.0, 1.0, 0, block_weights=text).args[0]).args[0]
+    adding, together = (measure.node("stack", name) for name in ("AdapterStack", "ApplyStack"))
+    return lambda model, names: together.execute(model, adding.execute(names[0], 1.0, 1.0, 0, block_weights=text).args[0]).args[0]
 
 
 NODES = {"TriLoRA Loader": loader, "Adapter Stack": stack}

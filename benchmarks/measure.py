@@ -30,6 +30,11 @@ def module(name: str):
     return importlib.import_module(name)
 
 
+def node(module_name: str, class_name: str):
+    """A node of the pack as the host's executor prepares it; `module_name`: below nodes/."""
+    return getattr(module(f"{PACKAGE}.nodes.{module_name}"), class_name).PREPARE_CLASS_CLONE(None)
+
+
 def start_host(base: Path, device: str) -> str:
     """Import the ComfyUI that COMFYUI_PATH names, and make the pack importable; returns the host's version.
 

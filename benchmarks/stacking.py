@@ -7,15 +7,15 @@ Adapter Stack.
 """
 
 import applying
-from measure import PACKAGE, module
+from measure import node
 
 
 def ours(model, names: list[str]):
     """The model with every file on it, as a stack."""
-    nodes, stack = module(f"{PACKAGE}.nodes.stack"), None
+    adding, stack = node("stack", "AdapterStack"), None
     for name, strength in zip(names, applying.STRENGTHS, strict=False):
-        stack = nodes.AdapterStack.execute(name, strength, strength, 0, stack).args[0]
-    return nodes.ApplyStack.execute(model, stack).args[0]
+        stack = adding.execute(name, strength, strength, 0, stack).args[0]
+    return node("stack", "ApplyStack").execute(model, stack).args[0]
 
 
 if __name__ == "__main__":
