@@ -57,7 +57,7 @@ CASES = {
     "LoHa of three axes": ({f"{LINEAR}.hada_w1_a": n(128, 4, 2), f"{LINEAR}.hada_w1_b": n(4, 128), f"{LINEAR}.hada_w2_a": n(128, 4), f"{LINEAR}.hada_w2_b": n(4, 128)}, REFUSED),
     "LoHa of rank 0": ({f"{LINEAR}.hada_w1_a": n(128, 0), f"{LINEAR}.hada_w1_b": n(0, 128), f"{LINEAR}.hada_w2_a": n(128, 0), f"{LINEAR}.hada_w2_b": n(0, 128)}, REFUSED),
     "LoKr of three axes": ({f"{LINEAR}.lokr_w1": n(8, 8), f"{LINEAR}.lokr_w2_a": n(16, 4, 3), f"{LINEAR}.lokr_w2_b": n(4, 16, 1)}, REFUSED),
-    "LoKr, no factor divides the channels": ({f"{CONV}.lokr_w1": n(8, 9), f"{CONV}.lokr_w2": n(16, 128)}, REFUSED),
+    "LoKr of flat factors, as ComfyUI's trainer writes it": ({f"{CONV}.lokr_w1": n(8, 9), f"{CONV}.lokr_w2": n(16, 128)}, FINE),
     "alpha of 1e300": (PAIR | {f"{LINEAR}.alpha": torch.tensor(1e300, dtype=torch.float64)}, REFUSED),
     "alpha of 3e38": (PAIR | {f"{LINEAR}.alpha": torch.tensor(3e38)}, REFUSED),
     "alpha of 1e18": (PAIR | {f"{LINEAR}.alpha": torch.tensor(1e18)}, REFUSED),

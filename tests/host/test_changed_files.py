@@ -78,7 +78,7 @@ def test_a_change_in_the_midst_of_reading_is_seen_later(host_nodes, name, pack_m
 def presets(base_dir):
     file = base_dir / "user" / "default" / "trilora" / "presets" / "changing.txt"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("Mine:IN01=0.5\nOther:IN02=0.5\n", encoding="utf-8")
+    file.write_text("Mine:IN01=0.5\nNever read:IN02=0.5\n", encoding="utf-8")
     yield file
     file.unlink()
 
@@ -93,7 +93,7 @@ def test_a_changed_preset_of_a_linked_text_runs_the_node_again_once(host_nodes, 
     node = host_nodes.NODE_CLASS_MAPPINGS[kind]
     run_node(host_nodes, kind, **given)
     before = node.fingerprint_inputs(**linked)
-    presets.write_text("Mine:IN01=0.5\nOther:IN02=1\n", encoding="utf-8")
+    presets.write_text("Mine:IN01=0.5\nNever read:IN02=1\n", encoding="utf-8")
     assert node.fingerprint_inputs(**linked) == before, "another preset"
     presets.write_text("Mine:IN01=0.7\n", encoding="utf-8")
     after = node.fingerprint_inputs(**linked)
