@@ -18,7 +18,7 @@ from pathlib import Path
 import measure
 import sd15
 import torch
-from measure import MIB, PACKAGE, module
+from measure import MIB, module
 
 RANK = 16
 STRENGTHS = [1.0, 0.9, 0.8, 0.7, 0.6, 0.95, 0.85, 0.75, 0.65, 0.55]  # of the first file, the second, ...

@@ -78,7 +78,7 @@ class Places:
         if not found.layers and not others and not found.absent:
             raise TriLoRAError(_no_kind(name, matched, found))
         if keep and (count := sum(not _can_cut(layer) for layer in found.layers.values()) + len(others)):
-            notice(f"{name}: keep_rank left {count} layers alone that are not low-rank")
+            notice(f"{name}: keep_rank left {counted(count, 'layer')} alone, not being low-rank")
         _say_what_is_left(name, matched, found, others)
         _say_what_does_nothing(name, found.layers)
         patches = {target: _patch(layer, keep) for target, layer in found.layers.items()}
@@ -101,7 +101,7 @@ def _no_kind(name: str, matched: Matched, found: FileLayers) -> str:
 def _say_what_does_nothing(name: str, layers) -> None:
     still = [layer.name for layer in layers.values() if isinstance(layer, ScaledLayer) and layer.scale == 0]
     if still:
-        notice(f"{name}: {len(still)} layers have an alpha of 0 and change nothing ({still[0]})")
+        notice(f"{name}: an alpha of 0, with which a layer changes nothing, in {counted(len(still), 'layer')} ({short(still[0])})")
 
 
 def _say_what_is_left(name: str, matched: Matched, found: FileLayers, others) -> None:
@@ -109,8 +109,8 @@ def _say_what_is_left(name: str, matched: Matched, found: FileLayers, others) ->
     for key, method in found.unsupported.items():
         methods.setdefault(method, []).append(key)
     for method, keys in methods.items():
-        found_of = f"{len(keys)} tensors are of {method}, which is not supported"
-        notice(f"{name}: {found_of}, and were left out ({short(keys[0])})")
+        found_of = f"{counted(len(keys), 'tensor')} of {method}, which is not supported, left out"
+        notice(f"{name}: {found_of} ({short(keys[0])})")
     used = set().union(*(getattr(patch, "loaded_keys", ()) for patch in others.values()))
     unread = [key for key in found.left if key not in found.unsupported and key not in used]
     if text := matched.diagnosis.notice(unread):

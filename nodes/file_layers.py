@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from ..trilora_ops.errors import TriLoRAError
-from ..trilora_ops.files.kinds import read_layer
 from ..trilora_ops.files.layer import Layer
 from ..trilora_ops.naming import split_target
 from .compat import is_identity
@@ -39,9 +38,9 @@ def read_layers(name: str, matched: Matched, shapes: Mapping[str, torch.Size]) -
     """
     layers, by_target, left, unsupported = {}, {}, [], {}
     names = matched.names
-    for head, tensors in matched.layers.items():
+    for head in matched.layers:
         try:
-            found = read_layer(head, tensors)
+            found = matched.diagnosis.layer(head)
             for layer in filter(None, (found.weight, found.bias)):
                 layer.check_finite()
         except TriLoRAError as error:

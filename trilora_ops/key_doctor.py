@@ -12,8 +12,8 @@ from .block_names import blocks_in_file
 from .blocks import TEXT_GROUPS, Blocks
 from .errors import TriLoRAError
 from .file_origin import family_told
-from .files.kinds import read_layer
-from .key_names import LONGEST, Spellings, form, grouped, is_text, size_at, size_of
+from .files.kinds import Found, read_layer
+from .key_names import LONGEST, Spellings, form, grouped, is_text, size_at, size_told
 from .message_words import SHOWN, counted, short, some
 from .naming import split_target
 
@@ -26,7 +26,9 @@ class Diagnosis:
 
     name: the file's; model: what the model is called; tensors: every layer's name in the file -> its tensors by ending;
     sizes: layer -> (rows, columns) of its weight, None where unknown; placed: layer -> target; renamed: those of them that
-    are found under another name than the model knows; extra: keys of no layer; misfits: layer -> (its size, the weight's).
+    are found under another name than the model knows; twice: layers without a place that are other names of a weight for
+    which the file has another layer -> that weight; extra: keys of no layer; misfits: layer -> (its size, the weight's);
+    read: layer -> what its tensors make, or why they make nothing.
     """
 
     name: str
@@ -35,8 +37,10 @@ class Diagnosis:
     sizes: Mapping[str, tuple[int, int] | None]
     placed: Mapping[str, object]
     renamed: Mapping[str, object]
+    twice: Mapping[str, object]
     extra: tuple[str, ...]
     misfits: Mapping[str, tuple]
+    read: Mapping[str, Found | TriLoRAError]
     spellings: Spellings
     has_clip: bool
 
@@ -77,6 +81,8 @@ class Diagnosis:
             return ""
         text = f"{counted(len(self.left_text), 'layer')} for a text encoder"
         remedy = "; it is another model's" if self.has_clip else ": connect CLIP"
+        if self.twice and all(layer in self.twice for layer in lost):
+            return f"{self.name}: {self._said_twice()}; keep one of them, or merge them"
         if not own:
             return f"{self.name}: none of its layers is for the model, and {text} ({some(self.left_text, 1)}){remedy}"
         found = "none" if len(lost) == len(own) else f"only {len(own) - len(lost)}"
@@ -89,7 +95,8 @@ class Diagnosis:
     def notice(self, unread: Sequence[str] = ()) -> str:
         """What was left out, in a line, "" where nothing was. unread: keys of layers that were not taken there."""
         parts, text = [], () if self.has_clip else self.left_text
-        if own := [layer for layer in self.left if layer not in set(text)]:
+        aside = {*text, *self.twice}
+        if own := [layer for layer in self.left if layer not in aside]:
             nearest = self.spellings.nearest(own[0])
             parts.append(
                 f"{len(own)} of {counted(len(self.layers), 'layer')} left out, for which this model ({self.model}) has "
@@ -97,7 +104,9 @@ class Diagnosis:
             )
             if whole := self._whole_blocks():
                 parts.append(f"nothing of these blocks was used: {some(whole, 12)}")
-        if text:
+        if self.twice:
+            parts.append(self._said_twice())
+        if text := [layer for layer in text if layer not in self.twice]:
             parts.append(f"{counted(len(text), 'layer')} for a text encoder left out, since no CLIP is connected")
         if rest := [*self.extra, *unread]:
             parts.append(f"{counted(len(rest), 'tensor')} of no layer of the model left out: {some(rest)}")
@@ -114,11 +123,13 @@ class Diagnosis:
         if self.misfits:
             facts["other sizes"] = f"{counted(len(self.misfits), 'layer')}; {self._misfit()}"
         facts["blocks"] = in_runs(self.by_block)
+        if self.twice:
+            facts["second names"] = self._said_twice()
         if self.left:
             facts["left out"] = some(self.left)
         if self.left_text and not self.has_clip:
             facts["text encoder"] = f"{counted(len(self.left_text), 'layer')}, for which CLIP must be connected"
-        asked = [layer for layer in self.left if self.has_clip or not is_text(layer)]
+        asked = [layer for layer in self.left if layer not in self.twice and (self.has_clip or not is_text(layer))]
         for number, layer in enumerate(asked[:SHOWN], 1):
             nearest = ", ".join(self.spellings.nearest(layer)) or "nothing is like it"
             facts[f"nearest {number}"] = f"{short(layer)}: {nearest}"
@@ -142,11 +153,21 @@ class Diagnosis:
         """What is wrong with the first layer whose name, spelled otherwise, is one of the model's; "" where nothing is."""
         for layer in self.left:
             if form(layer) in self.spellings.targets:
-                try:
-                    read_layer(layer, self.tensors[layer])
-                except TriLoRAError as error:
+                if isinstance(error := self.read[layer], TriLoRAError):
                     return str(error)
         return ""
+
+    def layer(self, name: str) -> Found:
+        """What a layer's tensors make. Raises TriLoRAError, naming a key, where they make nothing, see `read_layer`."""
+        found = self.read[name]
+        if isinstance(found, TriLoRAError):
+            raise TriLoRAError(str(found))
+        return found
+
+    def _said_twice(self) -> str:
+        first = split_target(next(iter(self.twice.values())))[0].removesuffix(".weight")
+        left = f"{counted(len(self.twice), 'layer')} left out, because the file has another for the same place"
+        return f"{left}: {some(self.twice)}, of {first}{' and others' * (len(set(self.twice.values())) > 1)}"
 
     def _whole_blocks(self) -> list[str]:
         beside = () if self.has_clip else TEXT_GROUPS  # those are said in one number
@@ -159,7 +180,7 @@ class Diagnosis:
 
     def _about(self) -> str:
         told = family_told(self.sizes)
-        names = f"its names are those of {told}" if told else "its names tell no model that is known here"
+        names = f"its names are those of {told}" if told else "its names leave open for which model"
         return f"{names}, and this model is {self.model}"
 
     def _nearest(self, layer: str) -> str:
@@ -176,16 +197,27 @@ def examine(
     model: what the model is called.
     """
     layers, extra = grouped(tensors, spellings)
-    sizes = {layer: size_of(layer, found) for layer, found in layers.items()}
-    placed = {layer: spellings.names[layer] for layer in layers if spellings.has(layer)}
+    read = {layer: _read(layer, found) for layer, found in layers.items()}
+    sizes = {layer: size_told(found) if isinstance(found, Found) else None for layer, found in read.items()}
+    placed = {layer: spellings.names[layer] for layer in layers if layer in spellings.known}
     unknown = {layer: size for layer, size in sizes.items() if layer not in placed}
     renamed = spellings.certain(unknown, set(placed.values())) if unknown else {}
+    meant = spellings.meant(unknown) if len(renamed) < len(unknown) else {}
+    twice = {layer: target for layer, target in meant.items() if layer not in renamed}
     misfits = {}
     for layer, target in placed.items():
         own = size_at(target, spellings.weights)
         if sizes[layer] and own and own != sizes[layer]:
             misfits[layer] = sizes[layer], own
-    return Diagnosis(name, model, layers, sizes, placed | renamed, renamed, extra, misfits, spellings, has_clip)
+    places = placed | renamed
+    return Diagnosis(name, model, layers, sizes, places, renamed, twice, extra, misfits, read, spellings, has_clip)
+
+
+def _read(layer: str, tensors: Mapping[str, Tensor]) -> Found | TriLoRAError:
+    try:
+        return read_layer(layer, tensors)
+    except TriLoRAError as error:
+        return error
 
 
 def in_runs(counts: Mapping[str, tuple[int, ...]]) -> str:

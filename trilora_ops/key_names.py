@@ -9,6 +9,7 @@ model's names as well as of the file's, so that what it throws together in a mod
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ from math import prod
 from torch import Tensor
 
 from .errors import TriLoRAError
-from .files.kinds import by_layer, is_ending, read_layer
+from .files.kinds import Found, by_layer, is_ending, read_layer
 from .naming import PREFIX, split_target
 
 LONGEST = 400  # letters of a name that are looked at; no model has such names
@@ -61,7 +62,10 @@ def names_in(key: str, names: Collection[str]) -> list[str]:
     heads, place = [], len(key) if len(key) <= LONGEST else key.rfind(".", 0, LONGEST)
     while place > 0:
         head = key[:place]
-        heads += [name for name in dict.fromkeys((head, head.removesuffix("_lora"))) if name in names]
+        if head in names:
+            heads.append(head)
+        if head.endswith("_lora") and head.removesuffix("_lora") in names:
+            heads.append(head.removesuffix("_lora"))
         place = key.rfind(".", 0, place)
     return heads
 
@@ -83,9 +87,17 @@ def size_of(name: str, tensors: Mapping[str, Tensor]) -> tuple[int, int] | None:
     tensors: by ending.
     """
     try:
-        layer = read_layer(name, tensors).weight
+        return size_told(read_layer(name, tensors))
+    except TriLoRAError:  # not whole, which its reader says
+        return None
+
+
+def size_told(found: Found) -> tuple[int, int] | None:
+    """The same of a layer that was read."""
+    layer = found.weight
+    try:
         rows, columns = (0, None) if layer is None or layer.new_shape() is not None else layer.size
-    except (TriLoRAError, NotImplementedError):  # not whole, which its reader says; or of a kind that tells no size
+    except NotImplementedError:  # of a kind that tells no size
         return None
     return None if columns is None else (rows, columns)
 
@@ -128,9 +140,10 @@ class Spellings:
     names: Mapping[str, object]
     weights: Mapping[str, tuple[int, ...]]
 
-    def has(self, name: str) -> bool:
-        """Whether a name is known, and its weight is there."""
-        return name in self.names and split_target(self.names[name])[0] in self.weights
+    @cached_property
+    def known(self) -> frozenset[str]:
+        """The names whose weight is there."""
+        return frozenset(name for name, target in self.names.items() if split_target(target)[0] in self.weights)
 
     @cached_property
     def targets(self) -> dict[str, set]:
@@ -160,17 +173,20 @@ class Spellings:
         layers: name that the model does not know -> `size_of` it; taken: targets that other layers of the file have. A
         name is certain if one target alone has its form, is of its size, and is meant by no other name.
         """
+        meant = self.meant(layers)
+        counts = Counter(meant.values())
+        return {name: target for name, target in meant.items() if counts[target] == 1 and target not in taken}
+
+    def meant(self, layers: Mapping[str, tuple[int, int] | None]) -> dict[str, object]:
+        """Name -> the one target that has its form and is of its size, which other layers of the file may have too."""
         fits = {}
         for name, size in layers.items():
             fits[name] = [target for target in self.targets.get(form(name), ()) if self._fits(target, size, name)]
         encoders = self._encoders({name: found for name, found in fits.items() if is_text(name)})
-        chosen: dict[object, list[str]] = {}
         for name, found in fits.items():
             if is_text(name):
-                found = [target for target in found if target.partition(".")[0] == encoders.get(_beginning(name))]
-            if len(found) == 1 and found[0] not in taken:
-                chosen.setdefault(found[0], []).append(name)
-        return {names[0]: target for target, names in chosen.items() if len(names) == 1}
+                fits[name] = [target for target in found if target.partition(".")[0] == encoders.get(_beginning(name))]
+        return {name: found[0] for name, found in fits.items() if len(found) == 1}
 
     def _fits(self, target, size: tuple[int, int] | None, name: str) -> bool:
         key, part, _ = split_target(target)
@@ -210,7 +226,7 @@ def grouped(
     layers: dict[str, dict[str, Tensor]] = {}
     unknown = {}
     for key, tensor in tensors.items():
-        heads = [name for name in names_in(key, spellings.names) if spellings.has(name)] if spellings else []
+        heads = names_in(key, spellings.known) if spellings else []
         if heads:
             layer = next((head for head in heads if is_ending(key[len(head) :])), heads[0])
             layers.setdefault(layer, {})[key[len(layer) :]] = tensor

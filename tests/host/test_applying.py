@@ -200,7 +200,7 @@ def test_keep_rank_says_which_layers_it_leaves_alone(host_nodes, tiny, saved, ki
     (key,) = whole.patches
     assert torch.equal(merged_weight(kept, key), merged_weight(whole, key))
     (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert name in warning and "keep_rank left 1 layers alone" in warning
+    assert name in warning and "keep_rank left 1 layer alone" in warning
 
 
 @pytest.mark.parametrize("build", [tiny_models.flux_model, tiny_models.flow_model])

@@ -129,7 +129,7 @@ def test_an_alpha_of_zero_is_said(tiny, pack_module):
     notices = pack_module("nodes.notices")
     with notices.collected() as said:
         pack_module("nodes.comfy_patches").patches_from_state(pack_module("trilora_ops.checkpoint").AdapterState(CASES["alpha 0"][0]), tiny.patcher, None, "a file")
-    assert said == [f"a file: 1 layers have an alpha of 0 and change nothing ({LINEAR})"]
+    assert said == [f"a file: an alpha of 0, with which a layer changes nothing, in 1 layer ({LINEAR})"]
 
 
 def test_peft_oft_beside_a_lora_is_named(host_nodes, tiny, pack_module, caplog):
@@ -138,7 +138,7 @@ def test_peft_oft_beside_a_lora_is_named(host_nodes, tiny, pack_module, caplog):
     with notices.collected() as said:
         found = pack_module("nodes.comfy_patches").patches_from_state(pack_module("trilora_ops.checkpoint").AdapterState(CASES["PEFT's OFT beside a LoRA"][0]), tiny.patcher, None, "a file")
     assert list(found) == [f"{LINEAR}.weight"]
-    assert said == [f"a file: 1 tensors are of PEFT's OFT without its adapter_config.json, which is not supported, and were left out ({LINEAR}.oft_R.weight)"]
+    assert said == [f"a file: 1 tensor of PEFT's OFT without its adapter_config.json, which is not supported, left out ({LINEAR}.oft_R.weight)"]
 
 
 @pytest.mark.parametrize("seed", range(int(os.environ.get("TRILORA_FUZZ", "40"))))

@@ -45,6 +45,19 @@ def test_extra_layers_and_whole_blocks_are_named(host_nodes, read, caplog):
     assert caplog.text.count("left out") == text.count("left out") == 2
 
 
+def test_a_second_name_of_a_place_is_called_that(host_nodes, read):
+    """Not "no place in this model": under two spellings in one file, the one that the model knows is used; of two others neither."""
+    patcher, place = small_families.wan(), "diffusion_model.blocks.0.self_attn.q"
+    own, other, third = (low_rank(name, 32, 32, seed=seed) for seed, name in enumerate((place, "transformer.blocks.0.attn1.to_q", "lycoris_blocks_0_attn1_to_q")))
+    found, said = read(patcher, own | other)
+    assert len(found) == 1
+    assert said == [f"a.safetensors: 1 layer left out, because the file has another for the same place: transformer.blocks.0.attn1.to_q, of {place}"]
+    with pytest.raises(ValueError, match="^a.safetensors: 2 layers left out, because the file has another for the same place: .*; keep one of them, or merge them; nothing"):
+        read(patcher, other | third)
+    (text,) = read(patcher, other | third | low_rank("diffusion_model.blocks.1.self_attn.q", 32, 32) | low_rank("diffusion_model.blocks.2.self_attn.q", 32, 32))[1]
+    assert text.startswith("a.safetensors: 2 layers left out, because") and "no place" not in text and "these blocks" not in text
+
+
 def test_a_file_with_a_text_encoder_loads_without_clip(host_nodes, read, tiny):
     text = low_rank("lora_te_text_model_encoder_layers_0_mlp_fc1", 3072, 768) | low_rank("lora_te_text_model_encoder_layers_0_mlp_fc2", 768, 3072)
     found, said = read(tiny.patcher, low_rank(LINEAR, 128, 128) | text)
