@@ -100,8 +100,13 @@ def test_a_peft_file_reads_back_as_the_same_adapter(tmp_path, dtype):
 
 
 def test_other_kinds_do_not_fit_into_a_peft_file():
-    for other in ({"x.diff": draw(3)}, {"a.transform.core0": draw(2)}):
-        with pytest.raises(TriLoRAError, match=f"keys=peft: {next(iter(other))} is not part of a plain LoRA layer"):
+    """Named by what they are, not by whichever of their keys comes first."""
+    dora = {"a.lora_up.weight": draw(3, 2), "a.lora_down.weight": draw(2, 3), "a.alpha": torch.tensor(2.0), "a.dora_scale": draw(3, 1)}
+    lokr = {"a.lokr_w1": draw(2, 2), "a.lokr_w2_a": draw(3, 1), "a.lokr_w2_b": draw(1, 3), "a.alpha": torch.tensor(1.0)}
+    for other, said in (({"x.diff": draw(3)}, "x is a layer of kind full difference"), ({"a.transform.core0": draw(2)}, "a is a layer of kind transform"),
+                        (dora, "a is a layer of kind DoRA"), (lokr, "a is a layer of kind LoKr"), ({"x.diff_b": draw(3)}, "x is a layer of kind bias"),
+                        ({"a_key": draw(1)}, "a_key is of no layer")):  # fmt: skip
+        with pytest.raises(TriLoRAError, match=f"^keys=peft: {said}, and PEFT files hold plain LoRA layers only; save with keys=kohya$"):
             peft_state(AdapterState({**adapter_state(), **other}, {}))
 
 

@@ -19,6 +19,7 @@ from .files.low_rank import DOWN, PEFT_DOWN, PEFT_UP, UP, FileLayer, LowRankLaye
 from .files.numbers import ALPHA
 from .files.transform import PARTS, part_of
 from .key_forms import known_forms
+from .message_words import short
 from .one_alpha import one_alpha
 from .peft_config import IN_METADATA, read_config
 from .peft_tuners import translate
@@ -92,9 +93,18 @@ def peft_state(state: AdapterState) -> AdapterState:
     """
     layers, rest = split_layers(canonical_state(state))
     if rest:
-        raise TriLoRAError(f"keys=peft: {min(rest)} is not part of a plain LoRA layer, and PEFT files hold nothing else; save with keys=kohya")
+        raise TriLoRAError(f"keys=peft: {_said_of(rest)}, and PEFT files hold plain LoRA layers only; save with keys=kohya")
     tensors = {key: tensor for name, layer in layers.items() for key, tensor in layer.peft_tensors(name).items()}
     return AdapterState(tensors, {**state.metadata, **PEFT_MARK})
+
+
+def _said_of(rest: Mapping[str, Tensor]) -> str:
+    """The first layer that is not plain low rank with its kind, else the first key of no layer."""
+    for name, tensors in sorted(by_layer(rest)[0].items()):
+        found = read_layer(name, tensors)
+        if layer := found.weight or found.bias:
+            return f"{short(name)} is a layer of kind {layer.kind}"
+    return f"{short(min(rest))} is of no layer"
 
 
 def read_adapter(path: str | os.PathLike) -> AdapterState:
