@@ -188,7 +188,7 @@ def test_nodes_refuse(host_nodes, saved, error, node, inputs, words):
 def test_a_style_never_loses_layers(host_nodes, tiny, saved, error, base_dir):
     """A text encoder's layer without CLIP, a whole difference in a PEFT file: refused, and nothing is written."""
     for extra, keys, words in (({**layer("lora_te_" + TEXT.replace(".", "_"), 3072, 768)}, "kohya", "adapter: 1 layer for a text encoder .*, and clip is not connected"),
-                               ({f"{QUERY}.diff": torch.ones(128, 128)}, "peft", "keys=peft: unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.diff")):  # fmt: skip
+                               ({f"{QUERY}.diff": torch.ones(128, 128)}, "peft", "keys=peft: unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q is a layer of kind full difference")):  # fmt: skip
         adapter = load(host_nodes, saved({**layer(KERNEL, 128, 128, kernel=(3, 3)), **extra}))
         before = set(base_dir.rglob("*"))
         with pytest.raises(error, match=words):
