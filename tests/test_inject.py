@@ -96,6 +96,36 @@ def test_a_forward_that_is_not_the_layers_own_is_called(differentiated):
     torch.testing.assert_close(call(x), 2 * own(x) + 1)
 
 
+def test_the_gradient_through_a_replaced_forward_is_its_own():
+    """As of a LoRA that another extension computes beside the weight; all of its tensors were made in inference mode."""
+    with torch.inference_mode():
+        layer, down, up = nn.Linear(5, 4).requires_grad_(False), torch.randn(2, 5), torch.randn(4, 2)
+    own, x, probe = layer.forward, torch.randn(3, 5).requires_grad_(), torch.randn(3, 4)
+    layer.forward = lambda x: own(x) + nn.functional.linear(nn.functional.linear(x, down), up)
+    call = frozen_forward(layer, layer.forward, ToyHost().frozen_weight, CpuProducts())
+    y = call(x)
+    (found,) = torch.autograd.grad(y, x, probe)
+    torch.testing.assert_close(found, probe @ (layer.weight + up @ down).clone())
+
+
+class Opaque(torch.autograd.Function):
+    """A kernel without a backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        return x @ weight.T
+
+
+@pytest.mark.parametrize("kernel", [Opaque.apply, torch.no_grad()(lambda x, weight: x @ weight.T)])
+def test_a_replaced_forward_without_a_backward_pass_has_that_of_the_weight(kernel):
+    """As of layers that multiply in fp8."""
+    layer = nn.Linear(5, 4, bias=False).requires_grad_(False)
+    layer.forward = lambda x: kernel(x, layer.weight)
+    x, probe = torch.randn(3, 5).requires_grad_(), torch.randn(3, 4)
+    y = frozen_forward(layer, layer.forward, ToyHost().frozen_weight, CpuProducts())(x)
+    torch.testing.assert_close(torch.autograd.grad(y, x, probe)[0], probe @ layer.weight)
+
+
 def test_without_a_gradient_to_pass_on_there_is_no_graph():
     """The layers below the first trained block: the same numbers as above it, and nothing of them kept."""
     layer = nn.Conv2d(3, 4, 3, padding=1).requires_grad_(False)

@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from .cpu_products import CpuProducts
 
@@ -33,12 +35,72 @@ class _FrozenForward(torch.autograd.Function):
         return _input_gradient(ctx.module, grad, ctx.shape, ctx.fetch, ctx.products), None, None, None, None
 
 
+class _ReplacedForward(torch.autograd.Function):
+    """y = f(x) where somebody has put f in the place of the layer's own forward pass, for example with a LoRA beside the weight.
+
+    dL/dx is that of f itself, computed anew in the backward pass; where f has none (a kernel of other precision), that of the
+    layer's weight: dL/dy * W.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, module: nn.Module, forward: Callable, fetch: Fetch, products: CpuProducts) -> Tensor:
+        ctx.module, ctx.run, ctx.fetch, ctx.products = module, forward, fetch, products
+        ctx.save_for_backward(x)
+        return forward(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (x,) = ctx.saved_tensors
+        found = _differentiated(ctx.run, x, grad)
+        if found is None:
+            found = _input_gradient(ctx.module, grad, x.shape, ctx.fetch, ctx.products)
+        return found, None, None, None, None
+
+
+def _differentiated(forward: Callable, x: Tensor, grad: Tensor) -> Tensor | None:
+    """dL/dx through `forward`; None where it has no backward pass."""
+    leaf = x.detach().requires_grad_()
+    try:
+        with torch.enable_grad(), _NormalArguments():
+            y = forward(leaf.clone())  # which may write into it
+        return torch.autograd.grad(y, leaf, grad)[0] if y.requires_grad else None
+    except RuntimeError as error:
+        if has_no_backward(error):
+            return None
+        raise
+
+
+class _NormalArguments(TorchFunctionMode):
+    """Hands every function copies of tensors made in inference mode, which autograd refuses to keep."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function.__name__ != "__get__":  # of a property
+            args, kwargs = tree_map_only(Tensor, _normal, (args, kwargs))
+        return function(*args, **kwargs)
+
+
+def _normal(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def has_no_backward(error: RuntimeError) -> bool:
+    """Whether autograd says that an operation of the model has no formula for its gradient."""
+    words = ("autograd formula", "derivative for", "is not implemented", "implement either the backward")
+    return any(word in str(error) for word in words)
+
+
 def _output(x: Tensor, module: nn.Module, forward: Callable, fetch: Fetch, products: CpuProducts) -> Tensor:
-    # a forward pass that somebody has put in the place of the layer's own may do more than multiply
-    if getattr(forward, "__func__", None) is not type(module).forward or not products.take(module, x):
+    if _is_replaced(module, forward) or not products.take(module, x):
         return forward(x)
     with fetch(module, _like(module, x)) as weight:
         return products.output(module, x, weight)
+
+
+def _is_replaced(module: nn.Module, forward: Callable) -> bool:
+    """Whether a forward pass is not the layer's own, so that it may do more than multiply."""
+    return getattr(forward, "__func__", None) is not type(module).forward
 
 
 def _input_gradient(module: nn.Module, grad: Tensor, shape: torch.Size, fetch: Fetch, products: CpuProducts) -> Tensor:
@@ -66,11 +128,12 @@ def can_freeze(module: nn.Module) -> bool:
 
 def frozen_forward(module: nn.Module, forward: Callable, fetch: Fetch, products: CpuProducts) -> Callable[[Tensor], Tensor]:
     """`forward` with the memory-free backward pass; anything beyond a single tensor argument goes to `forward` itself."""
+    differentiable = (_ReplacedForward if _is_replaced(module, forward) else _FrozenForward).apply
 
     def call(x: Tensor, *args, **kwargs) -> Tensor:
         if args or kwargs:
             return forward(x, *args, **kwargs)
-        compute = _FrozenForward.apply if x.requires_grad else _output
+        compute = differentiable if x.requires_grad else _output
         return compute(x, module, forward, fetch, products)
 
     return call

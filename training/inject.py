@@ -57,12 +57,6 @@ def needs_clones(error: RuntimeError) -> bool:
     return "modified by an inplace operation" in str(error)
 
 
-def has_no_backward(error: RuntimeError) -> bool:
-    """Whether autograd says that an operation of the model has no formula for its gradient."""
-    words = ("autograd formula", "derivative for", "is not implemented", "implement either the backward")
-    return any(word in str(error) for word in words)
-
-
 def _adapted(adapter: Adapter, frozen: Callable[[Tensor], Tensor]) -> Callable:
     return lambda x: adapter(x, frozen)
 

@@ -15,8 +15,9 @@ from ..trilora_ops.adapter import Adapter
 from ..trilora_ops.errors import TriLoRAError
 from .batches import batches, by_signature
 from .config import TrainingConfig
+from .frozen import has_no_backward
 from .host import Host, Sample
-from .inject import has_no_backward, injected, needs_clones
+from .inject import injected, needs_clones
 from .objective import draw_u, loss_weight, x0_loss
 from .schedule import rate_factor
 
