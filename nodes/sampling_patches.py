@@ -17,6 +17,7 @@ from comfy.patcher_extension import CallbacksMP
 _ATTENTION = "optimized_attention_override"
 _HOOKED = ("patches", "patches_replace", "wrappers", "callbacks", _ATTENTION)  # of the transformer options
 _OF_RUNS = (CallbacksMP.ON_PRE_RUN, CallbacksMP.ON_CLEANUP)
+_APPLIES = ("apply_model", "_apply_model")  # the model's own functions around the denoiser
 _HOST = ("comfy.", "comfy_api.")
 _NAMED = 12  # in one sentence
 
@@ -53,7 +54,7 @@ def _holds_functions(value) -> bool:
 
 def _is_hook(name: str, value) -> bool:
     """Whether an object patch is a forward pass in the place of the denoiser's own."""
-    inside = name == "diffusion_model" or name.startswith("diffusion_model.")
+    inside = name in ("diffusion_model", *_APPLIES) or name.startswith("diffusion_model.")
     function = inspect.isroutine(value) or isinstance(value, functools.partial)
     return inside and (function or name.endswith(".forward") or hasattr(value, "_orig_mod"))
 

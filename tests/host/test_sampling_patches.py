@@ -4,6 +4,7 @@ import functools
 
 import comfy.model_management
 import comfy.patcher_extension
+import comfy.sd
 import pytest
 import torch
 from comfyui_trilora.tests.host import tiny_models
@@ -162,6 +163,12 @@ def add_compiled(patcher):
     patcher.add_object_patch("diffusion_model", compiled)
 
 
+def add_apply(patcher):
+    """In the place of the model's own function around the denoiser."""
+    apply = patcher.model.apply_model
+    patcher.add_object_patch("apply_model", lambda *args, **kwargs: 2 * apply(*args, **kwargs))
+
+
 def add_pair(patcher):
     """A handler beside the class of layers that it is for."""
     patcher.set_model_forward_timestep_embed_patch((torch.nn.Conv2d, wrapper))
@@ -170,7 +177,7 @@ def add_pair(patcher):
 HOOKS = {"a replaced block": (add_block_replacement, "Replacement"), "wrappers": (add_wrappers, "wrapper"), "the model's own wrapper": (add_own_wrapper, "wrapper"),
          "a function around the model": (add_function_wrapper, "add_function_wrapper"), "a forward pass": (add_forward, "detached"),
          "an object around the model": (add_function_object, "Replacement"), "a callback of runs": (add_run_callback, "add_run_callback"),
-         "a compiled model": (add_compiled, "torch.compile"), "a pair": (add_pair, "wrapper")}
+         "a compiled model": (add_compiled, "torch.compile"), "a pair": (add_pair, "wrapper"), "the model's own function": (add_apply, "add_apply")}
 
 
 @pytest.mark.parametrize("hook", HOOKS)
@@ -208,6 +215,33 @@ def test_what_defines_the_model_stays(host_nodes, train, plain, model):
         assert "notice" not in report
         up = next(key for key in plain if key.endswith("lora_up.weight"))
         assert distance(adapter[up], plain[up]) > 1e-4
+
+
+def test_what_a_lora_computes_beside_the_weight_is_part_of_the_model(host_nodes, pack_module, model, monkeypatch):
+    """Gradients through a layer whose LoRA is computed beside it are those of the weight with this LoRA."""
+    key = "diffusion_model.middle_block.1.proj_in"
+    weight = model.patcher.model.diffusion_model.middle_block[1].proj_in.weight
+    down, up = (torch.randn(shape, generator=torch.Generator().manual_seed(4)) for shape in ((3, weight.shape[1]), (weight.shape[0], 3)))
+    file = {f"{key}.lora_down.weight": 0.1 * down, f"{key}.lora_up.weight": 0.1 * up}
+    if not hasattr(comfy.sd, "load_bypass_lora_for_models"):
+        pytest.skip("this host computes no LoRA beside the weight")
+    found = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def gradients(parameters, *args):
+        found.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
+        return clip(parameters, *args)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", gradients)
+    method = run_node(host_nodes, "TriLoRAMethodLoRA", rank=2)[0]
+    settings = run_node(host_nodes, "TriLoRATrainingSettings", steps=1, precision="model")[0]
+    dataset = random_dataset(pack_module("nodes.types"), model)
+    with torch.inference_mode():
+        models = [load(model.patcher, None, file, 1.0, 0.0)[0] for load in (comfy.sd.load_lora_for_models, comfy.sd.load_bypass_lora_for_models)]
+    for patcher in (*models, model.patcher):
+        run_node(host_nodes, "TriLoRATrainAdapter", model=patcher, dataset=dataset, method=method, settings=settings, target="attention")
+    baked, beside, without = found
+    assert distance(beside, baked) < 1e-4 < 1e-2 < distance(without, baked)
 
 
 def test_plain_values_reach_the_model(pack_module, model):
