@@ -12,12 +12,13 @@ import comfy.utils
 
 from ..training.config import TrainingConfig
 from ..training.export import export_tensors
-from ..training.findings import judge
+from ..training.findings import diverged, judge
 from ..training.loop import Progress, TrainingStopped, fixed_noise_losses, train
 from ..training.plan import build_adapters, check_plan, learning_rates, parameter_count
 from ..trilora_ops.adapter import Adapter
 from ..trilora_ops.block_plan import METADATA, BlockPlan, ReadPlan, to_metadata
 from ..trilora_ops.checkpoint import AdapterState
+from ..trilora_ops.errors import TriLoRAError
 from ..trilora_ops.metadata import describe
 from ..trilora_ops.registry import Method
 from . import compat
@@ -27,7 +28,7 @@ from .comfy_host import ComfyHost
 from .comfy_patches import patches_from_state
 from .kept_file import KeptFile
 from .notices import notice
-from .training_inputs import check_first_losses, samples_of
+from .training_inputs import check_first_losses, fitting, samples_of
 from .training_report import describe_training, duration, loss_text
 from .types import EncodedDataset
 
@@ -96,6 +97,16 @@ class Run:
                             regularisation=self.regularisation.folders() if self.regularisation else {})
         return AdapterState(tensors, metadata if self.plan is None else {**metadata, METADATA: to_metadata(self.plan.canonical())})
 
+    def learned(self, progress: Progress) -> AdapterState:
+        """`export` of adapters that have been trained. Raises TriLoRAError where they hold values that nothing can take."""
+        self.check_values()
+        return self.export(progress)
+
+    def check_values(self) -> None:
+        """Raise TriLoRAError where the training has diverged."""
+        if text := diverged(self.adapters, self.settings):
+            raise TriLoRAError(text)
+
     def losses(self, sets: list[list]) -> Losses:
         """On fixed noise, of every set that has samples."""
         return [fixed_noise_losses(self.host, self.adapters, each, self.settings) for each in sets if each]
@@ -129,11 +140,12 @@ def _trained(task: Run, node_id: str | None, file: KeptFile) -> tuple[AdapterSta
     host, settings = task.host, task.settings
     compat.show_text("preparing images and layers", node_id)
     with host.session():
-        samples, empty = samples_of(host, task.dataset, settings)
-        prior, prior_empty = samples_of(host, task.regularisation, settings)
+        samples, empty = samples_of(host, task.dataset, settings, "dataset")
+        prior, prior_empty = samples_of(host, task.regularisation, settings, "regularisation")
         task.build()
         compat.show_text("measuring the loss before training", node_id)
-        before = task.losses([samples, prior])
+        with fitting("dataset", "its images and captions"):
+            before = task.losses([samples, prior])
         check_first_losses(before, host)
         try:
             progress = train(host, task.adapters, samples, empty, settings, _reporter(settings.steps, node_id), prior=prior,
@@ -141,8 +153,9 @@ def _trained(task: Run, node_id: str | None, file: KeptFile) -> tuple[AdapterSta
         except TrainingStopped as stop:
             done = stop.progress
             if done.losses:  # at least one step has changed something
-                file.rescue(f"trilora_stopped_at_{done.done}", f"stopped after {done.done} of {done.steps} steps", lambda: task.export(done))
+                file.rescue(f"trilora_stopped_at_{done.done}", f"stopped after {done.done} of {done.steps} steps", lambda: task.learned(done))
             raise stop.__cause__ from None
+        task.check_values()
         state = file.keep(f"trilora_finished_at_{progress.done}", f"all {progress.done} steps are done", lambda: task.export(progress))
         compat.show_text("measuring the loss after training", node_id)
         after = task.losses([samples, prior])

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from ..trilora_ops.adapter import Adapter
+from ..trilora_ops.factors import LowRank
+from ..trilora_ops.files.numbers import LIMIT
 from .config import TrainingConfig
 from .loop import Progress
 
@@ -16,7 +18,34 @@ _WORSE = 0.01  # a rise of the loss by a smaller share is no reason to speak
 _FORGOTTEN = 0.1  # of the regularisation set's, which rises a little in every run
 _NOTHING = 1e-5  # of the loss, in every draw
 _SKIPPED = 0.05  # share of steps
+_ROWS = 64  # of a product that are formed at once
 _BLOCKS = 8  # named in one sentence
+
+
+@torch.no_grad()
+def diverged(adapters: Mapping[str, Adapter], config: TrainingConfig) -> str | None:
+    """A sentence about adapters with values that no file and no model can take; None where there are none."""
+    broken = [key for key, adapter in adapters.items() if not _is_usable(adapter)]
+    if not broken:
+        return None
+    return (f"the training has diverged: {len(broken)} of {len(adapters)} layers hold NaN, infinite values, or a change beyond "
+            f"{LIMIT:g}, which fp16 cannot hold ({broken[0]}); lower learning_rate (it was {config.learning_rate:g}), for example to a tenth")
+
+
+def _is_usable(adapter: Adapter) -> bool:
+    if not all(bool(torch.isfinite(p).all()) for p in adapter.parameters()):
+        return False
+    pair = adapter.residual.low_rank()
+    return pair is None or _largest(pair) <= LIMIT
+
+
+def _largest(pair: LowRank) -> float:
+    """At least max |scale * up @ down|; exact where the product of norms is beyond the limit. NaN where it overflows."""
+    bound = float(pair.up.norm(dim=1).max() * pair.down.norm(dim=0).max()) * abs(pair.scale)
+    if bound <= LIMIT:
+        return bound
+    largest = torch.stack([(rows @ pair.down).abs().max() for rows in pair.up.split(_ROWS)])
+    return float(largest.max()) * abs(pair.scale)
 
 
 @torch.no_grad()

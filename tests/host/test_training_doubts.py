@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import comfy.hooks
 import pytest
 import torch
 from comfyui_trilora.tests.host import tiny_models
@@ -144,3 +145,69 @@ def test_a_model_whose_first_loss_is_not_finite_stops_the_run_at_once(train, tex
     with pytest.raises(error, match="not finite before the first step.*precision to bf16"):
         train()
     assert not any(text.startswith("step") for text in texts)
+
+
+def without_images(dataset):
+    return dataclasses.replace(dataset, images=())
+
+
+def test_a_dataset_without_images_is_refused(train, pack_module, model, error):
+    """A loop that draws from it would never end."""
+    with pytest.raises(error, match="^dataset: it holds no images"):
+        train(without_images(random_dataset(pack_module("nodes.types"), model)))
+
+
+def test_a_regularisation_set_without_images_is_refused(host_nodes, pack_module, model, error):
+    dataset = random_dataset(pack_module("nodes.types"), model)
+    settings, method = run_node(host_nodes, "TriLoRATrainingSettings", steps=1)[0], run_node(host_nodes, "TriLoRAMethodLoRA", rank=2)[0]
+    with pytest.raises(error, match="^regularisation: it holds no images"):
+        run_node(host_nodes, "TriLoRATrainAdapter", model=model.patcher, dataset=dataset, regularisation=without_images(dataset), method=method,
+                 settings=settings, target="attention")
+
+
+def of_another_encoder(image):
+    text, options = image.conditioning[0]
+    return dataclasses.replace(image, conditioning=[[torch.cat([text, text], 2), options]])
+
+
+def without_pooled(image):
+    return dataclasses.replace(image, conditioning=[[image.conditioning[0][0], {}]])
+
+
+def of_a_video(image):
+    return dataclasses.replace(image, latent=image.latent[:, :, None])
+
+
+def as_a_pair(image):
+    return dataclasses.replace(image, latent=torch.cat([image.latent] * 2))
+
+
+@pytest.mark.parametrize("change", [of_another_encoder, without_pooled, of_a_video, as_a_pair])
+def test_a_dataset_encoded_for_another_model_says_so(train, pack_module, model, error, change):
+    dataset = random_dataset(pack_module("nodes.types"), model)
+    with pytest.raises(error, match="^dataset: this model cannot compute with its images and captions .* own VAE and text encoder"):
+        train(dataclasses.replace(dataset, images=tuple(map(change, dataset.images))))
+
+
+def test_what_of_the_captions_is_not_followed_is_said(train, texts, pack_module, model):
+    """Hooks of a text encoder, and the several entries that its schedule makes."""
+    dataset = random_dataset(pack_module("nodes.types"), model)
+
+    def scheduled(image):
+        text, options = image.conditioning[0]
+        return dataclasses.replace(image, conditioning=[[text, {**options, "hooks": comfy.hooks.HookGroup()}], [text, dict(options)]])
+
+    report = train(dataclasses.replace(dataset, images=tuple(map(scheduled, dataset.images))))
+    both(texts, report, "carry hooks")
+    both(texts, report, "the first of each is trained")
+
+
+@pytest.mark.parametrize(("rate", "steps"), [(1e3, 12), (1e30, 25), (1e38, 1)])
+def test_a_run_that_has_diverged_says_so_and_nothing_of_a_broken_file(train, texts, pack_module, monkeypatch, error, rate, steps):
+    """The widget ends at 1; a schedule or a model that overflows gives the same values."""
+    config = pack_module("training.config").TrainingConfig(steps=steps, learning_rate=rate, schedule="constant", warmup=0.0, grad_clip=0.0)
+    monkeypatch.setattr(pack_module("nodes.train"), "TrainingConfig", lambda **others: config)
+    with pytest.raises(error) as said:
+        train()
+    assert str(said.value).count("the training has diverged") == 1 and f"lower learning_rate (it was {rate:g})" in str(said.value)
+    assert "file is broken" not in str(said.value) and "linalg" not in str(said.value) and "integer" not in str(said.value)
