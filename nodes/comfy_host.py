@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
@@ -27,6 +28,7 @@ from .types import EncodedImage
 
 _BLOCK_LISTS = {"blocks", "double_blocks", "single_blocks", "layers", "transformer_blocks", "joint_blocks",
                 "double_layers", "single_layers", "double_stream_blocks", "single_stream_blocks"}
+_SESSION = threading.RLock()
 # guidance-distilled models are trained at 1 (the host's default of 3.5 is for sampling)
 _TRAINING_GUIDANCE = 1.0
 
@@ -121,8 +123,8 @@ class ComfyHost:
 
     @contextmanager
     def session(self) -> Iterator[None]:
-        """Weights loaded, inference mode left, kernels with gradients; everything as before afterwards."""
-        with torch.inference_mode(False), torch.enable_grad(), training_kernels():
+        """Weights loaded, inference mode left, kernels with gradients; everything as before afterwards. One at a time: others wait."""
+        with self._alone(), torch.inference_mode(False), torch.enable_grad(), training_kernels():
             comfy.model_management.load_models_gpu([self.patcher], memory_required=1e20, force_full_load=True)
             self.patcher.pre_run()
             try:
@@ -130,6 +132,16 @@ class ComfyHost:
                     yield
             finally:
                 self.patcher.cleanup()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        # every clone of a model has the same layers, and the host's switch for training is one for the whole program
+        while not _SESSION.acquire(timeout=0.2):
+            self.check_interrupt()
+        try:
+            yield
+        finally:
+            _SESSION.release()
 
     def check_interrupt(self) -> None:
         """Raises the host's InterruptProcessingException."""

@@ -115,7 +115,7 @@ def _root() -> str:
 
 
 def _prefix(name: str) -> str:
-    """Where the files of this name go, below the output folder. Raises TriLoRAError for a name that leads elsewhere."""
+    """Where the files of this name go, below output/loras. Raises TriLoRAError for a name that leads elsewhere."""
     root = _root()
     if not isinstance(name, str):
         raise TriLoRAError("name: must be a text, the file's name; type one, or connect a text")
@@ -126,15 +126,21 @@ def _prefix(name: str) -> str:
     good = good_file_name(given)
     if good != [*given[:-1], given[-1].removesuffix(ENDING)]:
         notice(f"name: saved as {'/'.join(good)}, because not every system takes the name as it was given")
-    return os.path.join("loras", *good)
+    return os.path.join(*good)
 
 
 def _free_path(prefix: str) -> tuple[str, str]:
     """(path, its name without number and ending) of the first number that no LoRA folder has a file for."""
+    root = _root()
+    folder = os.path.dirname(prefix)
+    folder = "" if "%" in folder else folder  # ComfyUI fills in the date
+    # where a link leads, because newer versions refuse a link to another disk
+    real = os.path.realpath(os.path.join(root, folder))
     try:
-        folder, stem, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+        found, stem, counter, _, _ = folder_paths.get_save_image_path(os.path.relpath(prefix, folder or "."), real)
     except OSError as error:
-        raise unwritable(os.path.join(folder_paths.get_output_directory(), prefix), error) from error
+        raise unwritable(os.path.join(root, prefix), error) from error
+    folder = os.path.normpath(os.path.join(root, folder, os.path.relpath(found, real)))
     for number in itertools.count(max(counter, 1)):
         path = os.path.join(folder, f"{stem}_{number:05}_{ENDING}")
         places = [path, *(os.path.join(place, listed_name(path)) for place in folder_paths.get_folder_paths("loras"))]

@@ -65,7 +65,8 @@ class KeptFile:
             return
         if self._export is None:  # nothing was learned yet
             return
-        if self.path is None:
+        if self.path is None or not os.path.exists(self.path):  # somebody has cleared the folder
+            self.path = None
             self.rescue(self._name, self._what, self._export)
         text = self._sentence()
         log.warning("%s", text)

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import threading
 
 import comfy.model_management
 import pytest
@@ -180,6 +181,53 @@ def test_a_text_that_cannot_be_shown_hides_nothing(train, files, learned, pack_m
     with pytest.raises(RuntimeError, match="the page has gone; all 3 steps are done; saved as"):
         train()
     assert_kept(pack_module, files, learned, lines)
+
+
+def test_a_folder_that_is_cleared_after_the_last_step_costs_nothing(train, files, learned, texts, pack_module, monkeypatch):
+    """The file is written again, so that the sentence about it is true."""
+
+    def cleared(*args):
+        for path in files():
+            path.unlink()
+        raise RuntimeError("late")
+
+    monkeypatch.setattr(pack_module("nodes.applying"), "apply_state", cleared)
+    with pytest.raises(RuntimeError, match="late; all 3 steps are done; saved as"):
+        train()
+    assert_kept(pack_module, files, learned, texts)
+
+
+@pytest.mark.parametrize("link", ["loras", "loras/mine", "loras of a folder that is gone"])
+def test_a_folder_that_is_a_link_takes_the_file(host_nodes, train, learned, pack_module, monkeypatch, tmp_path, link):
+    """People keep their LoRAs on another disk."""
+    output, disk = tmp_path / "output", tmp_path / "disk"
+    place = output / link.split(" ")[0]
+    place.parent.mkdir(parents=True)
+    if "gone" not in link:
+        disk.mkdir()
+    place.symlink_to(disk)
+    monkeypatch.setattr(pack_module("nodes.files").folder_paths, "get_output_directory", lambda: str(output))
+    name = run_node(host_nodes, "TriLoRASaveAdapter", adapter=learned, name="mine/a%year%" if "mine" in link else "a%year%", dtype="fp32")[0]
+    (path,) = disk.rglob("*.safetensors")
+    assert (output / "loras" / name).samefile(path) and "%" not in name and ("mine" in link) == name.startswith("mine")
+    if "mine" not in link:
+        fail_at(monkeypatch, pack_module("nodes.applying"), "apply_state", 1, fresh("error"))
+        with pytest.raises(RuntimeError, match="saved as"):
+            train()
+        assert len(list(disk.rglob("*.safetensors"))) == 2
+
+
+def test_two_runs_at_once_are_done_one_after_the_other(train, model, learned, before, files):
+    """They share the layers, and the switch that tells ComfyUI's kernels of a training."""
+    done = []
+    threads = [threading.Thread(target=lambda: done.append(train()[1])) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert len(done) == 2 and files() == []
+    assert all(torch.equal(adapter[key], learned[key]) for adapter in done for key in learned)
+    assert weights_hash(model.patcher) == before and traces(model.patcher) == []
 
 
 DISKS = {"full": OSError(errno.ENOSPC, "No space left on device"), "read-only": OSError(errno.EROFS, "Read-only file system")}
