@@ -76,7 +76,7 @@ class _NormalArguments(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function.__name__ != "__get__":  # of a property
+        if getattr(function, "__name__", "") not in ("__get__", "__set__"):  # of a property
             args, kwargs = tree_map_only(Tensor, _normal, (args, kwargs))
         return function(*args, **kwargs)
 
