@@ -6,15 +6,13 @@ makes there, whatever its kind, and -1 its opposite, since every patch of `Place
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 
 from ..trilora_ops.errors import TriLoRAError
+from ..trilora_ops.message_words import some
 from .comfy_stack import stack_patches
+from .notices import notice
 from .seen import Seen
-
-log = logging.getLogger("trilora")
-_SHOWN = 5  # of what a message lists
 
 
 def weigh(text: str, patches: Mapping, places, name: str) -> Mapping:
@@ -37,9 +35,8 @@ def _warn_of_what_is_not_there(name: str, weights, places, kinds) -> None:
     missed = [selector.text for selector, _ in weights.rules
               if not selector.is_whole and any(map(selector.covers, places)) and not any(map(selector.matches, places))]
     if missed:
-        more = f" and {len(missed) - _SHOWN} more" if len(missed) > _SHOWN else ""
         fused = "; a layer that is several kinds at once is only of the kind fused" if "fused" in kinds else ""
-        log.warning("block_weights for %s: it has no layers of these kinds or patterns: %s%s%s", name, ", ".join(missed[:_SHOWN]), more, fused)
+        notice(f"block_weights for {name}: it has no layers of these kinds or patterns: {some(missed)}{fused}")
 
 
 def block_strengths(text: str, blocks, name: str = ""):

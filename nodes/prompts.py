@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..training.folder import few, shown
+from ..training.folder import shown
 from ..trilora_ops.errors import TriLoRAError
+from ..trilora_ops.message_words import few
 from .notices import notice
 
 _BRACKET = re.compile(r"\\?([()])")

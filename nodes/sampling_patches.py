@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 
 from comfy.patcher_extension import CallbacksMP
 
+from ..trilora_ops.message_words import few
+
 _ATTENTION = "optimized_attention_override"
 _HOOKED = ("patches", "patches_replace", "wrappers", "callbacks", _ATTENTION)  # of the transformer options
 _OF_RUNS = (CallbacksMP.ON_PRE_RUN, CallbacksMP.ON_CLEANUP)
@@ -43,9 +45,8 @@ def model_alone(patcher) -> tuple[dict, list[str]]:
     found = list(dict.fromkeys(name for each in hooks for name in _names_in(each)))
     if not found:
         return kept, []
-    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
     attention = "; attention is computed by torch" if _ATTENTION in options else ""
-    return kept, [f"trained on the model alone, without what nodes hook into it for sampling: {', '.join(found[:_NAMED])}{more}{attention}"]
+    return kept, [f"trained on the model alone, without what nodes hook into it for sampling: {few(found, _NAMED)}{attention}"]
 
 
 def _holds_functions(value) -> bool:

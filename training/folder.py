@@ -19,7 +19,7 @@ CAPTION_TYPE = ".txt"
 _SYSTEM_NAMES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "#recycle", "$recycle.bin",
                  "lost+found", "system volume information", "icon\r"}
 _NUMBERED = re.compile(r"(\d{1,4})_(.+)")  # kohya's folder names, "25_name"; a longer number is a date
-_NAMED, _LONGEST = 5, 80  # names in one sentence, letters of one name
+_LONGEST = 80  # letters of one name
 
 
 @dataclass
@@ -117,13 +117,6 @@ def shown(name: str) -> str:
     """A file's name as a sentence can hold it: of bounded length, without line breaks and what cannot be shown."""
     plain = "".join(c if c.isprintable() else "?" for c in name)
     return plain if len(plain) <= _LONGEST else f"{plain[:_LONGEST - 20]}...{plain[-17:]}"
-
-
-def few(names: Iterable[str]) -> str:
-    """The first of the names, which are of bounded length, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
 
 
 def _stem(path: Path) -> str:

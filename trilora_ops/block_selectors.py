@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 
 from .blocks import EMB, KINDS, TEXT_GROUPS, VISION, Blocks, Place
-from .bounds import PATTERNS, check_count, few, quoted
+from .bounds import PATTERNS, check_count, quoted
 from .errors import TriLoRAError
+from .message_words import few
 from .patterns import Pattern
 
 __all__ = ["Selector", "Selectors", "quoted"]

@@ -38,11 +38,6 @@ def check_count(count: int, what: str, most: int) -> None:
         raise TriLoRAError(f"{what}: there are {count:,}, and at most {most:,} are read; write fewer")
 
 
-def few(names: list[str], most: int = 5) -> str:
-    """The first of them with commas between, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 def read_json(text: str):
     """What a JSON text holds. Raises ValueError for no JSON, also for JSON that is too long, too deep or has endless numbers."""
     if len(text) > FILE:

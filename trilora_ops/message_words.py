@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from itertools import islice
 
 SHOWN = 5  # names of a list
@@ -15,10 +15,20 @@ def short(name: str, letters: int = _LETTERS) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in kept)
 
 
+def few(texts: Iterable[str], count: int = SHOWN) -> str:
+    """The first of some texts, which are of bounded length, and how many more there are."""
+    texts = list(texts)
+    return _listed(texts[:count], len(texts) - count)
+
+
 def some(names: Collection[str], count: int = SHOWN) -> str:
-    """The first of some names, and how many more there are."""
+    """The same of names of any length."""
     shown = [short(name) for name in islice(names, count)]
-    return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
+    return _listed(shown, len(names) - len(shown))
+
+
+def _listed(shown: list[str], left: int) -> str:
+    return ", ".join(shown) + (f" and {left} more" if left > 0 else "")
 
 
 def counted(count: int, word: str) -> str:
