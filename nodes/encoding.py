@@ -24,7 +24,9 @@ def encoded(images: ImageSet, vae, clip, trigger: str, node_id: str | None) -> i
     """What a dataset node gives: the images after the host's encoders, and the summary, also shown on the node."""
     for value, name in ((vae, "vae"), (clip, "clip")):
         if value is None:
-            raise TriLoRAError(f"{name}: is empty; the checkpoint it comes from has none, so load one from another file")
+            raise TriLoRAError(
+                f"{name}: is empty; the checkpoint it comes from has none, so load one from another file"
+            )
     with collected() as said:
         for remark in images.remarks:
             notice(remark)
@@ -57,8 +59,10 @@ def _encode(images: ImageSet, vae, clip) -> tuple[EncodedImage, ...]:
 
 def check_finite(name: str, latent: Tensor, conditioning: list) -> None:
     """Raise TriLoRAError for values that are not finite: every step with this image would be lost."""
-    for values, what, model, option in ((latent, "latent", "VAE", "--fp32-vae"),
-                                        (conditioning, "encoded caption", "text encoder", "--fp32-text-enc")):
+    for values, what, model, option in (
+        (latent, "latent", "VAE", "--fp32-vae"),
+        (conditioning, "encoded caption", "text encoder", "--fp32-text-enc"),
+    ):
         if not all(torch.isfinite(tensor).all() for tensor in _tensors(values)):
             raise TriLoRAError(
                 f"dataset: the {what} of {name} holds values that are not finite, mostly because the {model} computes "

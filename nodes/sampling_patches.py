@@ -39,14 +39,20 @@ def model_alone(patcher) -> tuple[dict, list[str]]:
         {key: value for key, value in options.items() if key in _HOOKED or callable(value)},
         getattr(patcher, "wrappers", {}),
         {kind: patcher.callbacks.pop(kind) for kind in _OF_RUNS if patcher.callbacks.get(kind)},
-        {key: value for key, value in patcher.model_options.items() if key != "transformer_options" and _holds_functions(value)},
+        {
+            key: value
+            for key, value in patcher.model_options.items()
+            if key != "transformer_options" and _holds_functions(value)
+        },
     ]
     kept = {key: value for key, value in options.items() if key not in _HOOKED and not callable(value)}
     found = list(dict.fromkeys(name for each in hooks for name in _names_in(each)))
     if not found:
         return kept, []
     attention = "; attention is computed by torch" if _ATTENTION in options else ""
-    return kept, [f"trained on the model alone, without what nodes hook into it for sampling: {few(found, _NAMED)}{attention}"]
+    return kept, [
+        f"trained on the model alone, without what nodes hook into it for sampling: {few(found, _NAMED)}{attention}"
+    ]
 
 
 def _holds_functions(value) -> bool:

@@ -12,7 +12,9 @@ from ..training.report import describe_run, plot_loss
 from .notices import given, notice
 
 
-def describe_training(task, progress: Progress, before: list[list[float]], after: list[list[float]], seconds: float) -> str:
+def describe_training(
+    task, progress: Progress, before: list[list[float]], after: list[list[float]], seconds: float
+) -> str:
     """The report of a `training_run.Run`; before, after: losses on fixed noise, draw by draw. Notices given so far come last."""
     fixed = [f"{sum(a) / len(a):.4f} before, {sum(b) / len(b):.4f} after" for a, b in zip(before, after, strict=True)]
     settings, kept = task.settings, task.regularisation
@@ -52,7 +54,9 @@ def loss_text(progress: Progress) -> str:
 def picture(node, progress: Progress, title: str, fixed: tuple[float, float]) -> ui.PreviewImage | None:
     """The loss curve for the node's body; None, with a notice, where it cannot be drawn."""
     try:
-        pixels = np.asarray(plot_loss(progress.data_losses, title, fixed, progress.prior_losses), dtype=np.float32) / 255.0
+        pixels = (
+            np.asarray(plot_loss(progress.data_losses, title, fixed, progress.prior_losses), dtype=np.float32) / 255.0
+        )
         return ui.PreviewImage(torch.from_numpy(pixels)[None], cls=node)
     except Exception as error:  # a broken plotting library or a full disk must not cost the adapter
         notice(f"the loss curve could not be drawn ({error}); the adapter is complete")
@@ -60,7 +64,7 @@ def picture(node, progress: Progress, title: str, fixed: tuple[float, float]) ->
 
 
 def duration(seconds: float) -> str:
-    """"41 s", "3 min 07 s", "2 h 15 min"."""
+    """ "41 s", "3 min 07 s", "2 h 15 min"."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 1:
         return f"{rest} s"

@@ -28,8 +28,10 @@ def diverged(adapters: Mapping[str, Adapter], config: TrainingConfig) -> str | N
     broken = [key for key, adapter in adapters.items() if not _is_usable(adapter)]
     if not broken:
         return None
-    return (f"the training has diverged: {len(broken)} of {len(adapters)} layers hold NaN, infinite values, or a change beyond "
-            f"{LIMIT:g}, which fp16 cannot hold ({broken[0]}); lower learning_rate (it was {config.learning_rate:g}), for example to a tenth")
+    return (
+        f"the training has diverged: {len(broken)} of {len(adapters)} layers hold NaN, infinite values, or a change beyond "
+        f"{LIMIT:g}, which fp16 cannot hold ({broken[0]}); lower learning_rate (it was {config.learning_rate:g}), for example to a tenth"
+    )
 
 
 def _is_usable(adapter: Adapter) -> bool:
@@ -73,17 +75,27 @@ def unmoved(adapters: Mapping[str, Adapter], block_of: Callable[[str], str]) -> 
     if not still:
         return None
     if len(still) == len(adapters):
-        return (f"the adapter did not move: none of its {len(still)} layers changed; raise learning_rate or steps, and "
-                "look whether a node before this one changes how the model computes")
+        return (
+            f"the adapter did not move: none of its {len(still)} layers changed; raise learning_rate or steps, and "
+            "look whether a node before this one changes how the model computes"
+        )
     blocks = Counter(map(block_of, still))
     named = [f"{block} ({count})" for block, count in list(blocks.items())[:_BLOCKS]]
     more = f" and {len(blocks) - _BLOCKS} more blocks" if len(blocks) > _BLOCKS else ""
-    return (f"{len(still)} of {len(adapters)} layers never moved: {', '.join(named)}{more}; no gradient reaches them, so leave "
-            "them out with a Block Plan, or take what changes the attention of this model off it")
+    return (
+        f"{len(still)} of {len(adapters)} layers never moved: {', '.join(named)}{more}; no gradient reaches them, so leave "
+        "them out with a Block Plan, or take what changes the attention of this model off it"
+    )
 
 
-def judge(adapters: Mapping[str, Adapter], block_of: Callable[[str], str], before: Sequence[Sequence[float]], after: Sequence[Sequence[float]],
-          progress: Progress, config: TrainingConfig) -> list[str]:
+def judge(
+    adapters: Mapping[str, Adapter],
+    block_of: Callable[[str], str],
+    before: Sequence[Sequence[float]],
+    after: Sequence[Sequence[float]],
+    progress: Progress,
+    config: TrainingConfig,
+) -> list[str]:
     """All that speaks against a run; arguments as of `unmoved` and `doubts`."""
     still, found = unmoved(adapters, block_of), doubts(before, after, progress, config)
     if still is None:
@@ -91,26 +103,38 @@ def judge(adapters: Mapping[str, Adapter], block_of: Callable[[str], str], befor
     return [still, *(text for text in found if "next to nothing" not in text)]
 
 
-def doubts(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]], progress: Progress, config: TrainingConfig) -> list[str]:
+def doubts(
+    before: Sequence[Sequence[float]], after: Sequence[Sequence[float]], progress: Progress, config: TrainingConfig
+) -> list[str]:
     """Sentences about losses and skipped steps.
 
     before, after: losses on fixed noise, draw by draw, of the data and, where there is one, of the regularisation set.
     """
     found = []
     if not all(math.isfinite(_mean(losses)) for losses in after):
-        found.append("the loss is not a number after the last step, so the adapter is of no use; lower learning_rate, or set precision to bf16")
+        found.append(
+            "the loss is not a number after the last step, so the adapter is of no use; lower learning_rate, or set precision to bf16"
+        )
     elif _rose(before[0], after[0], _WORSE):
-        found.append(f"the training made it worse: loss on fixed noise {_mean(before[0]):.4f} before, {_mean(after[0]):.4f} after; lower "
-                     f"learning_rate (it was {config.learning_rate:g}), for example to a tenth")
+        found.append(
+            f"the training made it worse: loss on fixed noise {_mean(before[0]):.4f} before, {_mean(after[0]):.4f} after; lower "
+            f"learning_rate (it was {config.learning_rate:g}), for example to a tenth"
+        )
     elif all(abs(b - a) <= _NOTHING * _mean(before[0]) for a, b in zip(before[0], after[0], strict=True)):
-        found.append(f"the training changed next to nothing: loss on fixed noise {_mean(before[0]):.6f} before, {_mean(after[0]):.6f} after; "
-                     f"raise learning_rate (it was {config.learning_rate:g}) or steps")
+        found.append(
+            f"the training changed next to nothing: loss on fixed noise {_mean(before[0]):.6f} before, {_mean(after[0]):.6f} after; "
+            f"raise learning_rate (it was {config.learning_rate:g}) or steps"
+        )
     elif len(before) > 1 and _rose(before[1], after[1], _FORGOTTEN):
-        found.append(f"the model has forgotten something of what it shall keep: loss of the regularisation set {_mean(before[1]):.4f} before, "
-                     f"{_mean(after[1]):.4f} after; raise prior_weight (it was {config.prior_weight:g})")
+        found.append(
+            f"the model has forgotten something of what it shall keep: loss of the regularisation set {_mean(before[1]):.4f} before, "
+            f"{_mean(after[1]):.4f} after; raise prior_weight (it was {config.prior_weight:g})"
+        )
     if progress.skipped > _SKIPPED * progress.done:
-        found.append(f"{progress.skipped} of {progress.done} steps were skipped, because loss or gradient was not finite; lower "
-                     "learning_rate, or set precision to bf16")
+        found.append(
+            f"{progress.skipped} of {progress.done} steps were skipped, because loss or gradient was not finite; lower "
+            "learning_rate, or set precision to bf16"
+        )
     return found
 
 

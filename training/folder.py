@@ -13,11 +13,39 @@ from pathlib import Path
 from ..trilora_ops.errors import TriLoRAError
 
 # whether Pillow can read the last ones depends on how it was built and on its plugins
-IMAGE_TYPES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff",
-               ".jp2", ".avif", ".heic", ".heif", ".hif", ".jxl")
+IMAGE_TYPES = (
+    ".png",
+    ".apng",
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".webp",
+    ".bmp",
+    ".dib",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".jp2",
+    ".avif",
+    ".heic",
+    ".heif",
+    ".hif",
+    ".jxl",
+)
 CAPTION_TYPE = ".txt"
-_SYSTEM_NAMES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "#recycle", "$recycle.bin",
-                 "lost+found", "system volume information", "icon\r"}
+_SYSTEM_NAMES = {
+    "thumbs.db",
+    "ehthumbs.db",
+    "desktop.ini",
+    "__macosx",
+    "@eadir",
+    "#recycle",
+    "$recycle.bin",
+    "lost+found",
+    "system volume information",
+    "icon\r",
+}
 _NUMBERED = re.compile(r"(\d{1,4})_(.+)")  # kohya's folder names, "25_name"; a longer number is a date
 _LONGEST = 80  # letters of one name
 
@@ -116,7 +144,7 @@ def stamps(folder: Path) -> list[tuple]:
 def shown(name: str) -> str:
     """A file's name as a sentence can hold it: of bounded length, without line breaks and what cannot be shown."""
     plain = "".join(c if c.isprintable() else "?" for c in name)
-    return plain if len(plain) <= _LONGEST else f"{plain[:_LONGEST - 20]}...{plain[-17:]}"
+    return plain if len(plain) <= _LONGEST else f"{plain[: _LONGEST - 20]}...{plain[-17:]}"
 
 
 def _stem(path: Path) -> str:

@@ -62,7 +62,9 @@ def publish(path: Path, content: bytes) -> None:
 def unwritable(path: str | os.PathLike, error: OSError) -> TriLoRAError:
     """The sentence for a file that cannot be written, with what to do."""
     path, reason = Path(path), error.strerror or type(error).__name__
-    remedy = next((text for codes, text in _REMEDIES.items() if error.errno in codes), "choose another folder or look at this one")
+    remedy = next(
+        (text for codes, text in _REMEDIES.items() if error.errno in codes), "choose another folder or look at this one"
+    )
     return TriLoRAError(f"{path.name[:200]}: cannot be written to {path.parent} ({reason}); {remedy}")
 
 

@@ -31,14 +31,18 @@ def with_changes(begin: BlockWeights, changes: str, blocks: Blocks) -> BlockWeig
     """Raises TriLoRAError for changes that cannot be read, and for `default`: a list gives every block a number."""
     default, named = default_and_rules(items(changes), None)
     if default is not None:
-        raise TriLoRAError("block weights: default stands behind a preset or a list, where every block has its number already; leave it out")
+        raise TriLoRAError(
+            "block weights: default stands behind a preset or a list, where every block has its number already; leave it out"
+        )
     changed = weights(begin.default, named, blocks).rules
     again = {selector for selector, _ in changed}
     return BlockWeights(begin.default, (*(rule for rule in begin.rules if rule[0] not in again), *changed))
 
 
 def _is_change(item: str) -> bool:
-    return "=" in item and not item.startswith(_TAGS) and (item.startswith("/") or not re.search(r"[:;\[\]{}<>%]", item))
+    return (
+        "=" in item and not item.startswith(_TAGS) and (item.startswith("/") or not re.search(r"[:;\[\]{}<>%]", item))
+    )
 
 
 def _can_begin(text: str, presets: Mapping[str, str]) -> bool:

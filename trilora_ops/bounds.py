@@ -23,7 +23,7 @@ _SHOWN = 80  # characters of a text that an error repeats
 
 def quoted(text: str) -> str:
     """Text as an error repeats it, in quotes, and cut where it is very long."""
-    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN - 10]} ...")
+    return repr(text if len(text) <= _SHOWN else f"{text[: _SHOWN - 10]} ...")
 
 
 def check_length(text: str, what: str, longest: int = TEXT) -> None:

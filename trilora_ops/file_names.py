@@ -28,7 +28,9 @@ def good_file_name(parts: list[str]) -> list[str]:
     if not all(good):
         raise TriLoRAError(f"name={quoted('/'.join(parts))}: must be a file name with at least one letter or digit")
     if len("/".join(good[:-1])) > _LONGEST_PATH:
-        raise TriLoRAError(f"name={quoted('/'.join(parts))}: must have at most {_LONGEST_PATH} letters of subfolders; it has more")
+        raise TriLoRAError(
+            f"name={quoted('/'.join(parts))}: must have at most {_LONGEST_PATH} letters of subfolders; it has more"
+        )
     return good
 
 

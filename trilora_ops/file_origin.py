@@ -117,12 +117,20 @@ def _with_room(known: Mapping[str, Layout], blocks: Collection[str]) -> list[str
     A shorter list may be a part of one that is longer in another model.
     """
     counts, whole = _lengths(blocks), _whole(blocks)
-    room = [name for name, layout in known.items() if all(layout.blocks.get(group, 0) >= count for group, count in counts.items())]
+    room = [
+        name
+        for name, layout in known.items()
+        if all(layout.blocks.get(group, 0) >= count for group, count in counts.items())
+    ]
     same = {}
     for name in room:
         lists = known[name].blocks
         longest = max(lists, key=lists.get)
-        same[name] = sum(lists.get(group) == count for group, count in whole.items()) if whole.get(longest) == lists[longest] else 0
+        same[name] = (
+            sum(lists.get(group) == count for group, count in whole.items())
+            if whole.get(longest) == lists[longest]
+            else 0
+        )
     return [name for name, lists in same.items() if lists == max(same.values())]
 
 

@@ -89,7 +89,8 @@ class Diagnosis:
         return (
             f"{self.name}: {found} of its {counted(len(own), 'layer')} found a place in this model ({some(lost, 1)}); "
             f"{self._about()}; {self._nearest(lost[0])}it was made for another model, or its names are spelled in a way "
-            f"that is not known here; choose the model it was made for" + (f"; {text}{remedy}" if self.left_text else "")
+            f"that is not known here; choose the model it was made for"
+            + (f"; {text}{remedy}" if self.left_text else "")
         )
 
     def notice(self, unread: Sequence[str] = ()) -> str:

@@ -34,9 +34,7 @@ _TEXT = re.compile(
     r"^(?:base_model\.model\.)?"
     r"(?:text_encoders\.[^.]+\.|(?:lora_)?(?:prior_)?(?:te\d?|text_encoder(?:_\d)?)[._]|(?=text_model[._]))"
 )
-_TEXT_LEADING = re.compile(
-    r"^(?:(?:base_model|transformer|model|text_model|language_model|bert|module|orig_mod)_)+"
-)
+_TEXT_LEADING = re.compile(r"^(?:(?:base_model|transformer|model|text_model|language_model|bert|module|orig_mod)_)+")
 # diffusers, transformers and the models' own repositories: one word for the same thing
 _WORDS = {
     "self_attn": "attn1", "self_attention": "attn1", "cross_attn": "attn2", "cross_attention": "attn2",
@@ -54,6 +52,8 @@ _WORDS = {
     "condition_embedder_image_embedder_ff_net_2": "img_emb_proj_3",
 }  # fmt: skip
 _WORD = re.compile("(?<=_)(?:" + "|".join(sorted(_WORDS, key=len, reverse=True)) + ")(?=_)")
+
+
 def names_in(key: str, names: Collection[str]) -> list[str]:
     """The names in `names` that a file's key may begin with, the longest first: cut off at any of its dots.
 

@@ -34,8 +34,10 @@ class Signs:
     negated: bool = False
 
     def take(self, sign: str) -> bool:
-        return self.negated != (any(first <= sign <= last for first, last in self.ranges)
-                                or any(_CLASSES[letter.lower()](sign) == letter.islower() for letter in self.classes))
+        return self.negated != (
+            any(first <= sign <= last for first, last in self.ranges)
+            or any(_CLASSES[letter.lower()](sign) == letter.islower() for letter in self.classes)
+        )
 
     @property
     def single(self) -> str:
@@ -58,7 +60,9 @@ class Node:
 def parse(text: str) -> Node:
     """Raises TriLoRAError that names what is wrong, or not of the subset."""
     if len(text) > LONGEST:
-        raise TriLoRAError(f"the pattern {quoted(text)} has {len(text):,} characters; at most {LONGEST:,} are read; write it shorter")
+        raise TriLoRAError(
+            f"the pattern {quoted(text)} has {len(text):,} characters; at most {LONGEST:,} are read; write it shorter"
+        )
     parser = _Parser(text)
     tree = parser.alternatives(0)
     if parser.at < len(text):
@@ -185,7 +189,9 @@ class _Parser:
             self.at += 1
             last = self.member()
             if not first.single or not last.single or last.single < first.single:
-                self.refuse("has [...] with a range that goes from no sign to no later one; write \\- for the sign itself")
+                self.refuse(
+                    "has [...] with a range that goes from no sign to no later one; write \\- for the sign itself"
+                )
             ranges.append((first.single, last.single))
         self.at += 1
         return Signs(tuple(ranges), classes, negated)

@@ -38,7 +38,9 @@ class Pattern:
         self._where: dict[Signs, int] = {}  # the positions that take these signs, as bits
         self._size = 0
         self._has_assertions = False
-        parts = (Signs(), tree, Signs()) if self.literal is None else ()  # before and behind it a position that takes nothing
+        parts = (
+            (Signs(), tree, Signs()) if self.literal is None else ()
+        )  # before and behind it a position that takes nothing
         self._tree = Node("all", tuple(map(self._numbered, parts)))
         self._match = 1 << max(self._count - 1, 0)
         self._links: dict[int, tuple[int, list[tuple[int, int]]]] = {}
@@ -123,14 +125,21 @@ class Pattern:
     def _true(before: int, sign: str) -> int:
         """The assertions that hold between what was read before and the sign, as bits."""
         is_boundary = (before == _WORD) != (len(sign) == 1 and is_word(sign))
-        return (AT_BEGIN * (before == _BEGIN) | AT_END * (sign in (_END, _LAST_LINE_END)) | AT_LAST * (sign == _END) | AT_BOUNDARY * is_boundary)
+        return (
+            AT_BEGIN * (before == _BEGIN)
+            | AT_END * (sign in (_END, _LAST_LINE_END))
+            | AT_LAST * (sign == _END)
+            | AT_BOUNDARY * is_boundary
+        )
 
     def _numbered(self, node: Node | Signs) -> Node:
         """The tree with its repetitions written out and every sign with a position of its own."""
         self._size += 1
         if self._size > LARGEST:
-            raise TriLoRAError(f"the pattern {quoted(self.text)} is too large: with its repetitions written out it has more than {LARGEST} signs; "
-                               "write smaller numbers, or * for any number")
+            raise TriLoRAError(
+                f"the pattern {quoted(self.text)} is too large: with its repetitions written out it has more than {LARGEST} signs; "
+                "write smaller numbers, or * for any number"
+            )
         if isinstance(node, Signs):
             position = 1 << self._count
             self._count += 1
@@ -206,7 +215,11 @@ def _glushkov(node: Node, true: int, pairs: list[tuple[int, int]]) -> tuple[bool
         return bool(node.value & true), 0, 0
     parts = [_glushkov(part, true, pairs) for part in node.parts]
     if node.kind == "any":
-        return any(empty for empty, _, _ in parts), _union(first for _, first, _ in parts), _union(last for _, _, last in parts)
+        return (
+            any(empty for empty, _, _ in parts),
+            _union(first for _, first, _ in parts),
+            _union(last for _, _, last in parts),
+        )
     if node.kind == "loop":
         [(empty, first, last)] = parts
         pairs.append((last, first))

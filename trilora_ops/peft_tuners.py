@@ -80,7 +80,9 @@ def translate(tensors: dict[str, Tensor], components: list[Component]) -> list[s
 def _check(component: Component) -> list[str]:
     tuner = component.tuner
     if tuner not in READ:
-        raise TriLoRAError(f"an adapter of the kind {tuner} of peft, which {REFUSED.get(tuner, 'this release does not know')}, is not read; {_REMEDY}")
+        raise TriLoRAError(
+            f"an adapter of the kind {tuner} of peft, which {REFUSED.get(tuner, 'this release does not know')}, is not read; {_REMEDY}"
+        )
     if tuner not in ("LORA", "ADALORA"):
         return []
     for option, does in _VARIANTS.items():
@@ -88,10 +90,14 @@ def _check(component: Component) -> list[str]:
             raise TriLoRAError(f"a LoRA of peft with {component.prefix}{option}, which {does}, is not read; {_REMEDY}")
     start = shown(component.fields.get("init_lora_weights")).lower()
     if start.startswith(_BASE_CHANGING):
-        raise TriLoRAError(f"{component.prefix}init_lora_weights={start}: its training began by taking a part out of the model's own weights, which "
-                           "this file does not hold; save it anew with peft's path_initial_model_for_weight_conversion; nothing was applied")
+        raise TriLoRAError(
+            f"{component.prefix}init_lora_weights={start}: its training began by taking a part out of the model's own weights, which "
+            "this file does not hold; save it anew with peft's path_initial_model_for_weight_conversion; nothing was applied"
+        )
     if start not in _PLAIN_STARTS:
-        return [f"{component.prefix}init_lora_weights={start} is not known: if that start changes the model's own weights, the adapter acts otherwise than it should"]
+        return [
+            f"{component.prefix}init_lora_weights={start} is not known: if that start changes the model's own weights, the adapter acts otherwise than it should"
+        ]
     return []
 
 
@@ -100,7 +106,9 @@ def _refuse_unread(tensors: Mapping[str, Tensor]) -> None:
     found = [(match[1].upper(), key) for key in tensors if (match := _MARK.search(key))]
     if found and not any((split := split_key(key)) and split[1] in KINDS for key in tensors):
         tuner, key = min(found)
-        raise TriLoRAError(f"an adapter of the kind {tuner} of peft ({shown(key, 120)}), which {REFUSED[tuner]}, is not read; {_REMEDY}")
+        raise TriLoRAError(
+            f"an adapter of the kind {tuner} of peft ({shown(key, 120)}), which {REFUSED[tuner]}, is not read; {_REMEDY}"
+        )
 
 
 def _low_rank(tensors: dict[str, Tensor], components: list[Component]) -> None:
@@ -112,7 +120,9 @@ def _low_rank(tensors: dict[str, Tensor], components: list[Component]) -> None:
                 continue
             rank, component = tensors[name + down].shape[0], component_of(name, components)
             if component is not None and component.prefix in alphas:
-                alpha = alphas[component.prefix](name) * (math.sqrt(rank) if component.fields.get("use_rslora") else 1.0)
+                alpha = alphas[component.prefix](name) * (
+                    math.sqrt(rank) if component.fields.get("use_rslora") else 1.0
+                )
                 if alpha != rank:
                     tensors.setdefault(name + ".alpha", torch.tensor(alpha))
             _bias(tensors, name, name + up.removesuffix(".weight") + ".bias", rank)
@@ -132,11 +142,22 @@ def _adalora(tensors: dict[str, Tensor], components: list[Component]) -> None:
         name = key.removesuffix(".lora_E")
         component = component_of(name, components)
         if component is None or component.tuner != "ADALORA":
-            raise TriLoRAError(f"{shown(key, 120)}: an AdaLoRA, whose scale only its configuration tells; put peft's adapter_config.json beside the file, "
-                               "and name the file adapter_model.safetensors")
+            raise TriLoRAError(
+                f"{shown(key, 120)}: an AdaLoRA, whose scale only its configuration tells; put peft's adapter_config.json beside the file, "
+                "and name the file adapter_model.safetensors"
+            )
         values, down, up = tensors.pop(key), tensors.get(name + ".lora_A"), tensors.get(name + ".lora_B")
-        if down is None or up is None or down.ndim != 2 or values.shape != (down.shape[0], 1) or values.is_complex() or down.is_complex():
-            raise TriLoRAError(f"{shown(key, 120)} is {tuple(values.shape)}: expected (r, 1) beside a lora_A of (r, in) and a lora_B of (out, r); the file is broken")
+        if (
+            down is None
+            or up is None
+            or down.ndim != 2
+            or values.shape != (down.shape[0], 1)
+            or values.is_complex()
+            or down.is_complex()
+        ):
+            raise TriLoRAError(
+                f"{shown(key, 120)} is {tuple(values.shape)}: expected (r, 1) beside a lora_A of (r, in) and a lora_B of (out, r); the file is broken"
+            )
         if not len(values):  # every direction of the layer was given away to others
             del tensors[name + ".lora_A"], tensors[name + ".lora_B"]
             continue
@@ -169,7 +190,9 @@ def _oft(tensors: dict[str, Tensor], components: list[Component]) -> None:
     for component in (c for c in components if c.tuner == "OFT"):
         terms = component.fields.get("num_cayley_neumann_terms", 5) if component.fields.get("use_cayley_neumann") else 0
         if isinstance(terms, bool) or not isinstance(terms, int) or not 0 <= terms <= MOST_TERMS:
-            raise TriLoRAError(f"{component.prefix}num_cayley_neumann_terms={shown(terms)}: expected 1 to {MOST_TERMS}; the file is broken")
+            raise TriLoRAError(
+                f"{component.prefix}num_cayley_neumann_terms={shown(terms)}: expected 1 to {MOST_TERMS}; the file is broken"
+            )
         eps = component.numbers("eps")("") if component.fields.get("coft") else math.inf
         for name in _layers(tensors, components, component, (".oft_R.weight",)):
             angles = tensors.pop(name + ".oft_R.weight")
@@ -180,7 +203,9 @@ def _oft(tensors: dict[str, Tensor], components: list[Component]) -> None:
             tensors[name + ANGLES], tensors[name + TERMS] = angles, torch.tensor(float(terms))
 
 
-def _layers(tensors: Mapping[str, Tensor], components: list[Component], component: Component, marks: tuple[str, ...]) -> list[str]:
+def _layers(
+    tensors: Mapping[str, Tensor], components: list[Component], component: Component, marks: tuple[str, ...]
+) -> list[str]:
     names = {key.removesuffix(mark): None for key in tensors for mark in marks if key.endswith(mark)}
     return [name for name in names if component_of(name, components) is component]
 
@@ -197,8 +222,10 @@ def _whole(tensors: dict[str, Tensor], components: list[Component]) -> list[str]
     if not found:
         return []
     names = ", ".join(shown(name, 120) for name in list(found)[:3])
-    return [f"{len(found)} weights and biases that were trained whole beside the adapter (modules_to_save, bias) were left out ({names}"
-            + (", ...)" if len(found) > 3 else ")")]
+    return [
+        f"{len(found)} weights and biases that were trained whole beside the adapter (modules_to_save, bias) were left out ({names}"
+        + (", ...)" if len(found) > 3 else ")")
+    ]
 
 
 def _without_scale(tensors: Mapping[str, Tensor], components: list[Component]) -> list[str]:
@@ -207,5 +234,7 @@ def _without_scale(tensors: Mapping[str, Tensor], components: list[Component]) -
     names = {key.removesuffix(end) for key in tensors if key.startswith(WRAPPER) for end in ends if key.endswith(end)}
     if all(component_of(name, components) is not None or name + ".alpha" in tensors for name in names):
         return []
-    return ["a file of peft without its adapter_config.json: its alpha is unknown, and its scale is taken as 1; keep it as adapter_model.safetensors in a "
-            "folder of its own with that file beside it"]
+    return [
+        "a file of peft without its adapter_config.json: its alpha is unknown, and its scale is taken as 1; keep it as adapter_model.safetensors in a "
+        "folder of its own with that file beside it"
+    ]

@@ -43,7 +43,9 @@ class InputRotationLayer(Layer):
         count, size = self.columns
         cols = math.prod(shape[1:]) if len(shape) > 1 else 0
         if not cols or cols % size or count not in (1, cols // size):
-            raise TriLoRAError(f"turns {count} blocks of {size} inputs, and the weight is {tuple(shape)}; {OTHER_MODEL}")
+            raise TriLoRAError(
+                f"turns {count} blocks of {size} inputs, and the weight is {tuple(shape)}; {OTHER_MODEL}"
+            )
 
     def bound(self) -> float:
         """See `Layer.bound`."""
@@ -85,10 +87,14 @@ class PeftOFTLayer(InputRotationLayer):
             raise TriLoRAError(f"{name}{TERMS} is missing, which tells how {name}{ANGLES} turns; {BROKEN}")
         terms = number(name + TERMS, tensors[TERMS])
         if angles.ndim != 2 or not 0 <= terms <= MOST_TERMS or terms != int(terms):
-            raise TriLoRAError(f"{name}{ANGLES} is {tuple(angles.shape)} with {terms:g} terms, expected (blocks, angles) and 0 to {MOST_TERMS} terms; {BROKEN}")
+            raise TriLoRAError(
+                f"{name}{ANGLES} is {tuple(angles.shape)} with {terms:g} terms, expected (blocks, angles) and 0 to {MOST_TERMS} terms; {BROKEN}"
+            )
         size = _size(angles.shape[1])
         if size * (size - 1) // 2 != angles.shape[1]:
-            raise TriLoRAError(f"{name}{ANGLES} has {angles.shape[1]} angles for each block, which fill no square; {BROKEN}")
+            raise TriLoRAError(
+                f"{name}{ANGLES} has {angles.shape[1]} angles for each block, which fill no square; {BROKEN}"
+            )
         return cls(name, tensors, None)
 
     @property
@@ -111,7 +117,11 @@ class PeftOFTLayer(InputRotationLayer):
         skew[:, rows, cols] = angles
         skew = skew - skew.transpose(-1, -2)
         terms = int(self.tensors[TERMS])
-        return _series(skew, terms) if terms else torch.linalg.solve_ex(_eye(skew) + skew, _eye(skew) - skew, left=False)[0]
+        return (
+            _series(skew, terms)
+            if terms
+            else torch.linalg.solve_ex(_eye(skew) + skew, _eye(skew) - skew, left=False)[0]
+        )
 
 
 class PeftBOFTLayer(InputRotationLayer):
@@ -128,10 +138,14 @@ class PeftBOFTLayer(InputRotationLayer):
         """See `Layer.read`."""
         blocks, scales = factor(name, tensors, BLOCKS), factor(name, tensors, SCALES)
         if blocks.ndim != 4 or blocks.shape[-1] != blocks.shape[-2] or scales.numel() != max(scales.shape, default=0):
-            raise TriLoRAError(f"{name}{BLOCKS} is {tuple(blocks.shape)} and {name}{SCALES} {tuple(scales.shape)}, expected (1, blocks, b, b) and one number "
-                               f"for each output; {BROKEN}")
+            raise TriLoRAError(
+                f"{name}{BLOCKS} is {tuple(blocks.shape)} and {name}{SCALES} {tuple(scales.shape)}, expected (1, blocks, b, b) and one number "
+                f"for each output; {BROKEN}"
+            )
         if len(blocks) > 1:
-            raise TriLoRAError(f"{name}{BLOCKS}: PEFT's BOFT with boft_n_butterfly_factor={len(blocks)} is not supported; merge it with PEFT")
+            raise TriLoRAError(
+                f"{name}{BLOCKS}: PEFT's BOFT with boft_n_butterfly_factor={len(blocks)} is not supported; merge it with PEFT"
+            )
         return cls(name, tensors, None)
 
     @property
@@ -144,7 +158,9 @@ class PeftBOFTLayer(InputRotationLayer):
         super().check(shape)
         count, size = self.columns
         if self.tensors[SCALES].numel() != shape[0] or count * size != math.prod(shape[1:]):
-            raise TriLoRAError(f"is for {self.tensors[SCALES].numel()} outputs and {count * size} inputs of a weight that is {tuple(shape)}; {OTHER_MODEL}")
+            raise TriLoRAError(
+                f"is for {self.tensors[SCALES].numel()} outputs and {count * size} inputs of a weight that is {tuple(shape)}; {OTHER_MODEL}"
+            )
 
     def output_scale(self, weight: Tensor) -> Tensor:
         """See `InputRotationLayer.output_scale`."""
