@@ -277,6 +277,8 @@ def quantised(plain: torch.Tensor):
     stored = (plain / 0.01).to(torch.float8_e4m3fn)
     config = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
     layer.load_state_dict({"weight": stored, "weight_scale": torch.tensor(0.01), "comfy_quant": config}, strict=False)
+    if not isinstance(layer.weight, comfy.ops.QuantizedTensor):
+        pytest.skip("this host tells quantised layers otherwise than by a tensor beside their weight")
     return layer, (stored.float() * 0.01).clone()
 
 

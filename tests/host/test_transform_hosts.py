@@ -67,6 +67,8 @@ def scaled_fp8(shape):
 
 def quantised_fp8(shape):
     """0.33.0's quantised layers."""
+    if not hasattr(comfy.utils, "convert_old_quants"):
+        pytest.skip("this host tells quantised layers otherwise than by a tensor beside their weight")
     model = one_layer(comfy.ops.mixed_precision_ops({}, torch.float32, full_precision_mm=True), shape, torch.float32)
     weight = (torch.randn(shape, generator=generator(1)) * 50).to(FP8)
     state = {"layer.weight": weight, "layer.bias": model.layer.bias.data, "layer.weight_scale": torch.tensor(0.004)}
