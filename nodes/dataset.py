@@ -9,11 +9,9 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from ..training.dataset import MAX_REPEATS, read_folder, summary
-from ..training.folder import IMAGE_TYPES, belongs_to_system, numbered, shown, stamps
+from ..training.folder import IMAGE_TYPES, MAX_REPEATS, belongs_to_system, numbered, shown, stamps
 from ..trilora_ops.errors import TriLoRAError
 from . import compat
-from .encoding import encoded
 from .shown_text import without_markup
 from .types import Dataset
 
@@ -71,6 +69,9 @@ class TrainingDatasetNode(io.ComfyNode):
 
     @classmethod
     def execute(cls, folder, vae, clip, trigger, resolution, repeats) -> io.NodeOutput:
+        from ..training.dataset import read_folder, summary
+        from .encoding import encoded
+
         images = read_folder(folder_path(folder), trigger, resolution, repeats)
         log.info("dataset %s: %s", folder, summary(images).replace("\n", "; "))
         return encoded(images, vae, clip, trigger, cls.hidden.unique_id)

@@ -7,11 +7,9 @@ import re
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..training.dataset import from_pictures
 from ..trilora_ops.errors import TriLoRAError
 from . import compat
 from .dataset import repeats_input, resolution_input
-from .encoding import encoded
 from .types import Dataset
 
 
@@ -46,6 +44,9 @@ class ImageDatasetNode(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, vae, clip, captions, trigger, resolution, repeats) -> io.NodeOutput:
+        from ..training.dataset import from_pictures
+        from .encoding import encoded
+
         # every input is a list: of one for a widget or a plain link, of more where a list is linked
         pictures = []
         for batch in images:

@@ -16,10 +16,8 @@ from ..trilora_ops.errors import TriLoRAError
 from ..trilora_ops.message_words import few
 from .buckets import bucket_size, crop_loss
 from .captions import MAX_CAPTION, read_caption, with_trigger
-from .folder import CAPTION_TYPE, Listing, listing, numbered, shown
+from .folder import CAPTION_TYPE, MAX_REPEATS, Listing, listing, numbered, shown
 from .pictures import from_tensor, open_picture, readable_types
-
-MAX_REPEATS = 10_000
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ IMAGE_TYPES = (
     ".jxl",
 )
 CAPTION_TYPE = ".txt"
+MAX_REPEATS = 10_000  # of an image in an epoch, the number in a folder's name included
 _SYSTEM_NAMES = {
     "thumbs.db",
     "ehthumbs.db",
