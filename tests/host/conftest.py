@@ -140,6 +140,28 @@ def hook(host_nodes):
     return lambda lora_name, **inputs: run_node(host_nodes, "TriLoRAAdapterHook", lora_name=lora_name, **inputs)[0]
 
 
+@pytest.fixture
+def texts(pack_module, monkeypatch):
+    """What the node shows, in order."""
+    shown = []
+    monkeypatch.setattr(pack_module("nodes.compat"), "show_text", lambda text, node_id: shown.append(text))
+    return shown
+
+
+@pytest.fixture(scope="session")
+def read(pack_module):
+    """Function: patcher, tensors -> ({target: (up, down)} as a loader reads them, the notices)."""
+    patches, notices = pack_module("nodes.comfy_patches"), pack_module("nodes.notices")
+    state = pack_module("trilora_ops.checkpoint").AdapterState
+
+    def read(patcher, tensors, clip=None):
+        with notices.collected() as said:
+            found = patches.patches_from_state(state(tensors), patcher, clip, "a.safetensors")
+        return {target: (patch.weights[0], patch.weights[1]) for target, patch in found.items()}, said
+
+    return read
+
+
 @pytest.fixture(scope="session")
 def base_dir(host) -> Path:
     """The base directory that keeps the tests out of the installation's own models, outputs and user data."""

@@ -44,14 +44,6 @@ def files(host_nodes):
         path.unlink()
 
 
-@pytest.fixture
-def texts(pack_module, monkeypatch):
-    """What the node shows, in order."""
-    shown = []
-    monkeypatch.setattr(pack_module("nodes.compat"), "show_text", lambda text, node_id: shown.append(text))
-    return shown
-
-
 @pytest.fixture(scope="module")
 def learned(train):
     """The adapter of an undisturbed run."""

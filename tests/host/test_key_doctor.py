@@ -10,25 +10,6 @@ from comfyui_trilora.tests.host.small_families import layers_by_name, own_name
 from comfyui_trilora.tests.host.tiny_run import run_node
 
 
-@pytest.fixture(scope="module")
-def ops(pack_module):
-    """The modules under test, as the host sees them."""
-    return pack_module("nodes.comfy_patches"), pack_module("trilora_ops.checkpoint").AdapterState, pack_module("nodes.notices")
-
-
-@pytest.fixture(scope="module")
-def read(ops):
-    """Function: patcher, tensors -> ({target: (up, down)} as a loader reads them, the notices)."""
-    patches, state, notices = ops
-
-    def read(patcher, tensors, clip=None):
-        with notices.collected() as said:
-            found = patches.patches_from_state(state(tensors), patcher, clip, "a.safetensors")
-        return {target: (patch.weights[0], patch.weights[1]) for target, patch in found.items()}, said
-
-    return read
-
-
 def test_extra_layers_and_whole_blocks_are_named(host_nodes, read, caplog):
     """A file for a model with more blocks: the layers that have a place are used, the blocks that have none are named, once, as a warning."""
     patcher = small_families.flux()

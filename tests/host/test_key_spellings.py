@@ -28,25 +28,6 @@ WAN = {"self_attn.q": "attn1.to_q", "self_attn.k": "attn1.to_k", "self_attn.v": 
        "cross_attn.k": "attn2.to_k", "cross_attn.v": "attn2.to_v", "cross_attn.o": "attn2.to_out.0", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2"}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def ops(pack_module):
-    """The modules under test, as the host sees them."""
-    return pack_module("nodes.comfy_patches"), pack_module("trilora_ops.checkpoint").AdapterState, pack_module("nodes.notices")
-
-
-@pytest.fixture(scope="module")
-def read(ops):
-    """Function: patcher, tensors -> ({target: (up, down)} as a loader reads them, the notices)."""
-    patches, state, notices = ops
-
-    def read(patcher, tensors, clip=None):
-        with notices.collected() as said:
-            found = patches.patches_from_state(state(tensors), patcher, clip, "a.safetensors")
-        return {target: (patch.weights[0], patch.weights[1]) for target, patch in found.items()}, said
-
-    return read
-
-
 def spelled(tensors, names):
     """A file with every layer under the name that `names` gives it."""
     found = {}

@@ -16,13 +16,6 @@ def model(host_nodes):
     return tiny_models.eps_prediction_model()
 
 
-@pytest.fixture
-def texts(pack_module, monkeypatch):
-    shown = []
-    monkeypatch.setattr(pack_module("nodes.compat"), "show_text", lambda text, node_id: shown.append(text))
-    return shown
-
-
 @pytest.fixture(scope="module")
 def train(host_nodes, pack_module, model):
     """Function: a MODEL -> (adapter, report) of two steps on it."""

@@ -17,14 +17,6 @@ def model(host_nodes):
 
 
 @pytest.fixture
-def texts(pack_module, monkeypatch):
-    """What the node shows, in order."""
-    shown = []
-    monkeypatch.setattr(pack_module("nodes.compat"), "show_text", lambda text, node_id: shown.append(text))
-    return shown
-
-
-@pytest.fixture
 def train(host_nodes, pack_module, model):
     """Function: settings and other inputs -> the report of Train Adapter."""
 
