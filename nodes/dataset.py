@@ -70,11 +70,12 @@ class TrainingDatasetNode(io.ComfyNode):
     @classmethod
     def execute(cls, folder, vae, clip, trigger, resolution, repeats) -> io.NodeOutput:
         from ..training.dataset import read_folder, summary
-        from .encoding import encoded
+        from .encoding import encoded, fresh_status
 
-        images = read_folder(folder_path(folder), trigger, resolution, repeats)
-        log.info("dataset %s: %s", folder, summary(images).replace("\n", "; "))
-        return encoded(images, vae, clip, trigger, cls.hidden.unique_id)
+        with fresh_status(cls.hidden.unique_id):
+            images = read_folder(folder_path(folder), trigger, resolution, repeats)
+            log.info("dataset %s: %s", folder, summary(images).replace("\n", "; "))
+            return encoded(images, vae, clip, trigger, cls.hidden.unique_id)
 
 
 def resolution_input() -> io.Input:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.model_management
@@ -18,6 +19,17 @@ from . import compat
 from .notices import collected, notice
 from .prompts import check_embeddings, check_lengths, encode_prompt
 from .types import EncodedDataset, EncodedImage
+
+
+@contextmanager
+def fresh_status(node_id: str | None) -> Iterator[None]:
+    """Around all that a dataset node does: after an error or a stop it does not show the images of an earlier run."""
+    compat.show_text("reading the images", node_id)
+    try:
+        yield
+    except BaseException:  # ComfyUI's interrupt is not an Exception
+        compat.show_text("nothing was encoded: this run of the node did not end", node_id)
+        raise
 
 
 def encoded(images: ImageSet, vae, clip, trigger: str, node_id: str | None) -> io.NodeOutput:

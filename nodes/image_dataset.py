@@ -45,14 +45,15 @@ class ImageDatasetNode(io.ComfyNode):
     @classmethod
     def execute(cls, images, vae, clip, captions, trigger, resolution, repeats) -> io.NodeOutput:
         from ..training.dataset import from_pictures
-        from .encoding import encoded
+        from .encoding import encoded, fresh_status
 
         # every input is a list: of one for a widget or a plain link, of more where a list is linked
         pictures = []
         for batch in images:
             pictures += batch if isinstance(batch, Tensor) and batch.ndim else [batch]
-        chosen = from_pictures(pictures, caption_lines(captions), trigger[0], resolution[0], repeats[0])
-        return encoded(chosen, vae[0], clip[0], trigger[0], cls.hidden.unique_id)
+        with fresh_status(cls.hidden.unique_id):
+            chosen = from_pictures(pictures, caption_lines(captions), trigger[0], resolution[0], repeats[0])
+            return encoded(chosen, vae[0], clip[0], trigger[0], cls.hidden.unique_id)
 
 
 def caption_lines(texts: list[str]) -> list[str]:

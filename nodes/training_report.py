@@ -9,6 +9,7 @@ from comfy_api.latest import ui
 from ..training.loop import Progress
 from ..training.plan import describe_plan, parameter_count
 from ..training.report import describe_run, plot_loss
+from ..trilora_ops.message_words import counted
 from .notices import given, notice
 
 
@@ -31,7 +32,7 @@ def describe_training(
     facts |= {
         "steps": f"{progress.done} at {progress.rate:.2f} steps/s, {duration(seconds)} in all",
         "computed in": str(task.host.compute_dtype).removeprefix("torch."),
-        "training loss": f"{loss_text(progress)} (mean of the last 20 steps)",
+        "training loss": f"{loss_text(progress)} (mean of the last {counted(progress.recent, 'step')})",
         "loss on fixed noise": fixed[0],
     }
     if kept:

@@ -45,7 +45,7 @@ def test_numbered_folders_inside_are_read_and_no_others(tmp_path):
     folder = kohya(tmp_path)
     images = read_folder(folder, "", 64)
     assert [(i.name, i.repeats, i.folder) for i in images] == [("1_dog/c.png", 1, "1_dog"), ("25_sks dog/a.png", 25, "25_sks dog"), ("25_sks dog/b.png", 25, "25_sks dog")]
-    assert summary(images).splitlines()[:3] == ["3 images, 2 with captions, an epoch shows 51", "  1_dog: 1 images x 1", "  25_sks dog: 2 images x 25"]
+    assert summary(images).splitlines()[:3] == ["3 images, 2 with captions, an epoch shows 51", "  1_dog: 1 image x 1", "  25_sks dog: 2 images x 25"]
     assert [i.repeats for i in read_folder(folder, "", 64, repeats=2)] == [2, 50, 50], "the widget counts on top of the names"
     assert [p.name for p in folders_of(folder)] == ["img", "1_dog", "25_sks dog"]
 

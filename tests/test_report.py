@@ -7,24 +7,18 @@ import numpy as np
 import pytest
 import torch
 from comfyui_trilora.training.config import TrainingConfig
-from comfyui_trilora.training.report import describe_run, plot_loss, smooth
+from comfyui_trilora.training.report import describe_run, moving_average, plot_loss
 from comfyui_trilora.trilora_ops.metadata import describe, fingerprint
 
 LOSSES = [1.0 / (1 + i / 10) + 0.1 * (i % 3) for i in range(60)]
 
 
-def test_smooth_is_a_weighted_mean_of_what_came_before():
-    """Weights fall by 1 - 1/span per step and sum to 1 from the first step on."""
-    for span in (2, 7, 30):
-        for step in (1, 2, 10, 60):
-            weights = np.array([(1 - 1 / span) ** (step - i) for i in range(1, step + 1)])
-            assert smooth(LOSSES, span)[step - 1] == pytest.approx(float(weights @ LOSSES[:step] / weights.sum()))
-    assert smooth([3.0] * 5, 4) == pytest.approx([3.0] * 5)
-
-
-@pytest.mark.parametrize("span", [0, 1])
-def test_a_span_of_one_smooths_nothing(span):
-    assert smooth(LOSSES, span) == LOSSES and smooth([], span) == []
+def test_the_moving_average_is_the_mean_of_a_window():
+    """Against numpy, for every window that fits; none before a window is full, and none at all where it never is."""
+    for span in (1, 2, 7, 30, 60):
+        expected = [np.mean(LOSSES[end - span:end]) for end in range(span, 61)]
+        assert moving_average(LOSSES, span) == pytest.approx(expected)
+    assert moving_average(LOSSES, 61) == [] == moving_average([], 10)
 
 
 def colours(picture):
@@ -33,17 +27,25 @@ def colours(picture):
 
 @pytest.mark.parametrize("losses", [LOSSES, [0.5], [0.0, 0.0], [1e-9, 1e6]], ids=["many", "one", "zeros", "wide"])
 def test_the_plot(losses):
-    """960 x 540 RGB on white, with the moving average's blue in it."""
+    """960 x 540 RGB on white; the moving average's blue is in it where the run is long enough for one."""
     picture = plot_loss(losses, "a title")
     assert picture.size == (960, 540) and picture.mode == "RGB"
     pixels = np.asarray(picture)
     assert (pixels == 255).all(-1).mean() > 0.5 and (pixels != 255).any(-1).mean() > 0.005
-    assert len(losses) == 1 or (0x1F, 0x4E, 0x8C) in colours(picture)
+    assert ((0x1F, 0x4E, 0x8C) in colours(picture)) == (len(losses) >= 20)
 
 
 def test_the_loss_on_fixed_noise_is_drawn_where_given():
     orange = (0xD0, 0x66, 0x1F)
     assert orange in colours(plot_loss(LOSSES, fixed=(0.9, 0.4))) and orange not in colours(plot_loss(LOSSES))
+
+
+def test_no_line_joins_the_two_losses_on_fixed_noise():
+    """Two measurements are no trend: between the first and the last step nothing is drawn in their colour."""
+    pixels = np.asarray(plot_loss([0.0] * 60, fixed=(0.9, 0.4)))
+    orange = (pixels == (0xD0, 0x66, 0x1F)).all(-1)
+    marks = np.flatnonzero(orange[60:].any(0))  # below the title
+    assert orange.any() and not orange[:, 400:560].any(), marks
 
 
 def test_the_loss_of_a_regularisation_set_is_drawn_where_there_is_one():

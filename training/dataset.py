@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..trilora_ops.errors import TriLoRAError
-from ..trilora_ops.message_words import few
+from ..trilora_ops.message_words import counted, few
 from .buckets import bucket_size, crop_loss
 from .captions import MAX_CAPTION, read_caption, with_trigger
 from .folder import CAPTION_TYPE, MAX_REPEATS, Listing, listing, numbered, shown
@@ -170,7 +170,7 @@ def from_pictures(pictures: Sequence[Tensor], captions: Sequence[str], trigger: 
         raise TriLoRAError("images: there are none")
     if len(captions) not in ((0, 1, len(pictures)) if trigger.strip() else (1, len(pictures))):
         or_trigger = "" if trigger.strip() else ", or set a trigger word"
-        raise TriLoRAError(f"captions: {len(captions)} lines for {len(pictures)} images; give one line for all, or one "
+        raise TriLoRAError(f"captions: {counted(len(captions), 'line')} for {counted(len(pictures), 'image')}; give one line for all, or one "
                            f"for each{or_trigger}")
     each = captions if len(captions) == len(pictures) else [*captions, ""][:1] * len(pictures)
     images, outside = [], {}
@@ -201,12 +201,12 @@ def summary(images: Sequence[TrainingImage]) -> str:
         numbers[image.folder, image.repeats] = numbers.get((image.folder, image.repeats), 0) + 1
     epoch = sum(image.repeats for image in images)
     repeated = f", an epoch shows {epoch}" if epoch != len(images) else ""
-    lines = [f"{len(images)} images, {sum(i.captioned for i in images)} with captions{repeated}"]
+    lines = [f"{counted(len(images), 'image')}, {sum(i.captioned for i in images)} with captions{repeated}"]
     if len(numbers) > 1:
-        lines += [f"  {folder}: {count} images x {repeats}" for (folder, repeats), count in numbers.items()]
+        lines += [f"  {folder}: {counted(count, 'image')} x {repeats}" for (folder, repeats), count in numbers.items()]
     for (width, height), members in sorted(sizes.items()):
         cropped = sum(m.cropped for m in members) / len(members)
-        lines.append(f"  {width} x {height}: {len(members)} images, {cropped:.0%} cropped away")
+        lines.append(f"  {width} x {height}: {counted(len(members), 'image')}, {cropped:.0%} cropped away")
     return "\n".join(lines)
 
 

@@ -22,6 +22,7 @@ from .objective import draw_u, loss_weight, x0_loss
 from .schedule import rate_factor
 
 log = logging.getLogger("trilora")
+_RECENT = 20  # losses in the mean that is shown
 MAX_BAD_STEPS = 20  # more than a gradient scaler needs to find its scale
 Pass = tuple[list[Sample], list[Tensor], Tensor]  # a batch, the noise of each, (B,) places u in the noise schedule
 
@@ -47,8 +48,13 @@ class Progress:
     cloning: bool = False
 
     @property
+    def recent(self) -> int:
+        """Number of the last losses that `smooth_loss` is the mean of: at most 20."""
+        return min(_RECENT, len(self.losses))
+
+    @property
     def smooth_loss(self) -> float:
-        """Mean of the last 20 losses."""
+        """Mean of the last 20 losses, or of all where there are fewer."""
         return _recent(self.losses)
 
     @property
@@ -58,7 +64,7 @@ class Progress:
 
 
 def _recent(losses: list[float]) -> float:
-    return sum(losses[-20:]) / len(losses[-20:]) if losses else float("nan")
+    return sum(losses[-_RECENT:]) / len(losses[-_RECENT:]) if losses else float("nan")
 
 
 class TrainingStopped(Exception):

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import fsum
 
 from PIL import Image
 
 from ..trilora_ops.inspection import aligned
 
+_LEAST_SPAN = 10  # steps; the mean of fewer is nearly as rough as the losses themselves
 
-def smooth(losses: Sequence[float], span: int) -> list[float]:
-    """Exponential moving average with a memory of `span` steps, corrected at the start."""
-    decay, average, result = 1.0 - 1.0 / max(1, span), 0.0, []
-    for step, loss in enumerate(losses, start=1):
-        average = decay * average + (1 - decay) * loss if span > 1 else loss
-        result.append(average / (1 - decay**step) if span > 1 else loss)
-    return result
+
+def moving_average(losses: Sequence[float], span: int) -> list[float]:
+    """Mean of every `span` losses in a row, the first at step `span`; empty where there are fewer losses than that."""
+    return [fsum(losses[end - span:end]) / span for end in range(span, len(losses) + 1)]
 
 
 def plot_loss(losses: Sequence[float], title: str = "", fixed: tuple[float, float] | None = None,
               prior: Sequence[float] = ()) -> Image.Image:
-    """Raw losses faint, their moving average bold; fixed: loss on fixed noise before and after, drawn as end points.
+    """Raw losses faint, their moving average bold; fixed: loss on fixed noise before and after, drawn as two points.
 
-    losses: of the data, one per step, at least one. prior: the same of a regularisation set, without its weight; its moving
-    average is drawn too. Returns an RGB picture of 960 x 540 pixels.
+    losses: of the data, one per step, at least one. prior: the same of a regularisation set, without its weight. The moving
+    averages are over a twentieth of the steps, at least 10; a run of fewer than twice that many steps has none, and its
+    legend says so. Returns an RGB picture of 960 x 540 pixels.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -31,13 +31,18 @@ def plot_loss(losses: Sequence[float], title: str = "", fixed: tuple[float, floa
     figure = Figure(figsize=(6.4, 3.6), dpi=150, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    steps, span = range(1, len(losses) + 1), max(1, len(losses) // 20)
-    axes.plot(steps, losses, color="#9db4d0", linewidth=0.8, label="loss of each step")
-    axes.plot(steps, smooth(losses, span), color="#1f4e8c", linewidth=2.2, label="moving average")
+    steps, span = range(1, len(losses) + 1), max(_LEAST_SPAN, len(losses) // 20)
+    averaged = len(losses) >= 2 * span
+    raw = "loss of each step" if averaged else "loss of each step (too few for an average)"
+    axes.plot(steps, losses, color="#9db4d0", linewidth=0.8, marker="." if len(losses) == 1 else "", label=raw)
+    if averaged:
+        axes.plot(steps[span - 1:], moving_average(losses, span), color="#1f4e8c", linewidth=2.2, label=f"mean of {span} steps")
     if prior:
-        axes.plot(steps, smooth(prior, span), color="#3a8f5c", linewidth=1.6, label="regularisation set")
-    if fixed is not None:
-        axes.plot([1, len(losses)], fixed, "o--", color="#d0661f", linewidth=1.4, label="fixed noise: before, after")
+        label = f"regularisation set, mean of {span} steps" if averaged else "regularisation set, each step"
+        shown = moving_average(prior, span) if averaged else prior
+        axes.plot(steps[len(steps) - len(shown):], shown, color="#3a8f5c", linewidth=1.6, label=label)
+    if fixed is not None:  # two measurements are no curve: no line between them
+        axes.plot([1, len(losses)], fixed, "o", color="#d0661f", label="fixed noise: before, after")
     axes.set(xlabel="step", ylabel="weighted loss", title=title)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)

@@ -39,6 +39,15 @@ def encode(host_nodes, encoders, folder, **options):
     return run_node(host_nodes, "TriLoRATrainingDataset", folder=folder.name, resolution=64, **{**encoders, **options})
 
 
+def test_after_an_error_the_node_no_longer_shows_the_images_of_an_earlier_run(host_nodes, encoders, folder, shown):
+    encode(host_nodes, encoders, folder)
+    assert shown[-1].startswith("3 images")
+    (folder / "coffee.png").write_bytes(b"no picture")
+    with pytest.raises(Exception, match="coffee.png"):
+        encode(host_nodes, encoders, folder)
+    assert shown[-1] == "nothing was encoded: this run of the node did not end"
+
+
 def test_what_is_left_out_stands_on_the_node_and_in_the_summary(host_nodes, encoders, folder, shown, caplog):
     (folder / "coffee.txt").unlink()
     (folder / "spare.txt").write_text("a spare caption")
