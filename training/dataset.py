@@ -170,8 +170,8 @@ def from_pictures(pictures: Sequence[Tensor], captions: Sequence[str], trigger: 
         raise TriLoRAError("images: there are none")
     if len(captions) not in ((0, 1, len(pictures)) if trigger.strip() else (1, len(pictures))):
         or_trigger = "" if trigger.strip() else ", or set a trigger word"
-        raise TriLoRAError(f"captions: {counted(len(captions), 'line')} for {counted(len(pictures), 'image')}; give one line for all, or one "
-                           f"for each{or_trigger}")
+        raise TriLoRAError(f"captions: {counted(len(captions), 'line')} for {counted(len(pictures), 'image')}; give one "
+                           f"line for all, or one for each{or_trigger}")
     each = captions if len(captions) == len(pictures) else [*captions, ""][:1] * len(pictures)
     images, outside = [], {}
     for number, (picture, caption) in enumerate(zip(pictures, each, strict=True), start=1):

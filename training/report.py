@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import fsum
+from itertools import accumulate
 
 from PIL import Image
 
@@ -14,7 +14,8 @@ _LEAST_SPAN = 10  # steps; the mean of fewer is nearly as rough as the losses th
 
 def moving_average(losses: Sequence[float], span: int) -> list[float]:
     """Mean of every `span` losses in a row, the first at step `span`; empty where there are fewer losses than that."""
-    return [fsum(losses[end - span:end]) / span for end in range(span, len(losses) + 1)]
+    sums = [0.0, *accumulate(losses)]  # one pass: a long run has a wide window
+    return [(upper - lower) / span for lower, upper in zip(sums, sums[span:], strict=False)]
 
 
 def plot_loss(losses: Sequence[float], title: str = "", fixed: tuple[float, float] | None = None,

@@ -77,7 +77,7 @@ def test_an_empty_caption_of_a_linked_list_stays_where_it_is(from_images):
 def test_wrong_captions_are_refused(from_images, error):
     with pytest.raises(error, match="captions: 2 lines for 3 images; give one line for all, or one for each"):
         from_images(images(3), captions=["a\nb"])
-    with pytest.raises(error, match="captions: 0 lines for 1 image"):
+    with pytest.raises(error, match="captions: 0 lines for 1 image;"):
         from_images(images(1), captions=[""])
     assert from_images(images(2), captions=[""], trigger="ohwx")[0].images[1].prompt == "ohwx"
 
